@@ -1,0 +1,151 @@
+"""What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+
+from dalle2.config import PRESETS, UserError, config_to_dict, validate_config
+
+DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
+
+
+class Parser(argparse.ArgumentParser):
+    """Names every flag with its default in --help; a bad flag is one line and exit code 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help names every flag)\n")
+
+
+def run(main):
+    """Runs an entry script: a UserError becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_data_flags(parser):
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_img_path", default=f"{DATA_DIR}/train2014", help="picture folder")
+    data.add_argument("--train_annot_path", help="COCO captions file",
+                      default=f"{DATA_DIR}/annotations/captions_train2014.json")
+    data.add_argument("--val_img_path", default=f"{DATA_DIR}/val2014", help="picture folder")
+    data.add_argument("--val_annot_path", help="COCO captions file; an empty string: no validation",
+                      default=f"{DATA_DIR}/annotations/captions_val2014.json")
+    data.add_argument("--num_val_images", type=int, default=512,
+                      help="validate on the first so many pictures")
+    data.add_argument("--store_dir", default=STORE_DIR,
+                      help="where pictures and embeddings are kept, prepared once")
+
+
+def add_clip_flags(parser):
+    clip = parser.add_argument_group("CLIP")
+    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu", help="open_clip's model name")
+    clip.add_argument("--clip_pretrained", default="openai",
+                      help="open_clip's tag of published weights, or a file (one that train_clip.py "
+                      "wrote brings its architecture along)")
+
+
+def add_train_flags(parser, output_dir):
+    train = parser.add_argument_group("training (None: what the preset says)")
+    train.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
+    train.add_argument("--preset", default="base", choices=list(PRESETS),
+                       help="sizes and hyper-parameters, a row of dalle2/config.py")
+    train.add_argument("--num_steps", type=int, help="optimizer updates")
+    train.add_argument("--batch_size", type=int, help="of all processes together")
+    train.add_argument("--lr", type=float, help="peak learning rate")
+    train.add_argument("--gradient_accumulation_steps", type=int,
+                       help="parts that a batch is computed in; more need less memory")
+    train.add_argument("--seed", type=int, help="of noise, crops, captions and data order")
+    train.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"],
+                       help="auto: bf16 on a GPU that has it, else none")
+    train.add_argument("--save_every", type=int, help="steps between checkpoints")
+    train.add_argument("--validate_every", type=int, help="steps between validations")
+    train.add_argument("--dry_run", action="store_true",
+                       help="check flags and data, print the plan, write nothing")
+
+
+def override_train(config, args):
+    """`config` (with a field `train`), validated, with the training flags that were given."""
+    given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
+                                      "gradient_accumulation_steps", "save_every",
+                                      "validate_every")
+             if (value := getattr(args, name)) is not None}
+    return validate_config(replace(config, train=replace(config.train, **given)))
+
+
+def check_data(args):
+    """Raises UserError where the data that the flags name is not there; reads nothing large."""
+    for split in ("train", "val"):
+        annot, images = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
+        if split == "val" and not annot:
+            continue
+        if not os.path.isdir(images):
+            raise UserError(f"--{split}_img_path: no such folder: {images} "
+                            "(python data/coco_download.py fetches COCO)")
+        if not os.path.isfile(annot):
+            raise UserError(f"--{split}_annot_path: no such file: {annot}")
+
+
+def open_stores(args, clip_source=None):
+    """(train Store, val Store or None), prepared now where they are not there yet."""
+    from dalle2.data import prepare_store
+    embed = dict(clip=clip_source.load, fingerprint=clip_source.fingerprint) if clip_source else {}
+    train = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, **embed)
+    val = None
+    if args.val_annot_path:
+        val = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
+                            max_images=args.num_val_images, **embed)
+    return train, val
+
+
+class ClipSource:
+    """The CLIP that the flags name: loaded once, and how an export describes it."""
+
+    def __init__(self, clip_model, clip_pretrained):
+        from dalle2.clip import compute_fingerprint, load_clip
+        self.clip_model, self.clip_pretrained = clip_model, clip_pretrained
+        self._clip = load_clip(clip_model, clip_pretrained, pick_device())
+        self.fingerprint = compute_fingerprint(self._clip)
+
+    def load(self):
+        return self._clip
+
+    def describe(self, output_dir):
+        """What an export records of its CLIP; a file is named relative to the run folder too."""
+        is_file = os.path.isfile(self.clip_pretrained)
+        relative = os.path.relpath(self.clip_pretrained, output_dir) if is_file else ""
+        return {"clip_model": self.clip_model, "clip_pretrained": self.clip_pretrained,
+                "relative_path": relative, "fingerprint": self.fingerprint}
+
+
+def pick_device():
+    import torch
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) \
+        if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_accelerator(mixed_precision):
+    """accelerate.Accelerator for the devices of this launch; "auto" is bf16 where CUDA has it."""
+    import torch
+    from accelerate import Accelerator
+    if mixed_precision == "auto":
+        mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() \
+            else "no"
+    return Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
+
+
+def print_plan(title, config, module, store_sizes):
+    """What a --dry_run tells: sizes, steps, data."""
+    params = sum(p.numel() for p in module.parameters())
+    print(f"{title}: {params / 1e6:.2f} M parameters, {config.train.num_steps} steps of "
+          f"{config.train.batch_size}, {store_sizes}")
+    for name, value in config_to_dict(config).items():
+        print(f"  {name}: {value}")

@@ -1,0 +1,159 @@
+"""Frozen CLIP: captions and pictures to embeddings. The only file that imports open_clip.
+
+Radford et al. 2021 (arXiv 2103.00020). The tokenizer is the one that belongs to the model: ids
+begin with its start token and hold its end token, at whose position the text embedding is read.
+"""
+
+import hashlib
+import logging
+import os
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle2.checkpoint import load_export, read_export_header
+from dalle2.config import ClipConfig, UserError, config_from_dict
+
+CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+class FrozenClip:
+    """A CLIP that only embeds. Build it with `load_clip`, or around a model one trains."""
+
+    def __init__(self, model, tokenizer, *, mean=CLIP_MEAN, std=CLIP_STD):
+        for name in ("sot_token_id", "eot_token_id"):
+            if not hasattr(tokenizer, name):
+                raise UserError("--clip_model: only CLIPs with CLIP's own tokenizer (start and end "
+                                "token) can be used")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.ln_final = dict(model.named_modules()).get(
+            "ln_final", dict(model.named_modules()).get("text.ln_final"))
+        device = next(model.parameters()).device
+        self.mean, self.std, self.device = mean, std, device
+        size = model.visual.image_size
+        self.image_size = size[0] if isinstance(size, (tuple, list)) else size
+        self.context_length = tokenizer.context_length
+        self.embed_dim, self.text_width = model.visual.output_dim, len(self.ln_final.weight)
+
+    def tokenize(self, captions):
+        """list of B strings -> text_tokens (B, L) int64: start, words, end, zeros. A caption that
+        is too long is cut, its end token kept."""
+        text_tokens = self.tokenizer(captions)
+        assert (text_tokens[:, 0] == self.tokenizer.sot_token_id).all()
+        assert (text_tokens == self.tokenizer.eot_token_id).any(1).all()
+        return text_tokens
+
+    def compute_text_mask(self, text_tokens):
+        """text_tokens (B, L) -> (B, L) bool, true up to and including the end token."""
+        end = (text_tokens == self.tokenizer.eot_token_id).int().argmax(1, keepdim=True)  # (B, 1)
+        return torch.arange(text_tokens.shape[1], device=text_tokens.device) <= end
+
+    @torch.no_grad()
+    def embed_image(self, image):
+        """image (B, 3, H, W), uint8 or float in [0, 1] -> image_embed (B, D) float32, unit norm."""
+        return F.normalize(self.model.encode_image(
+            preprocess_image(image.to(self.device), self.image_size, self.mean, self.std)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_text(self, text_tokens):
+        """text_tokens (B, L) -> text_embed (B, D), unit norm, and text_encodings (B, L, D): the
+        last layer's output after its norm, one vector a token, zero after the end token."""
+        text_tokens = text_tokens.to(self.device)
+        kept = []
+        hook = self.ln_final.register_forward_hook(lambda *args: kept.append(args[-1]))
+        try:
+            text_embed = self.model.encode_text(text_tokens, normalize=True).float()
+        finally:
+            hook.remove()
+        mask = self.compute_text_mask(text_tokens)
+        return text_embed, kept[0].float() * mask[..., None]  # (B, D), (B, L, D)
+
+
+def preprocess_image(image, size, mean=CLIP_MEAN, std=CLIP_STD):
+    """image (B, 3, H, W), uint8 or float in [0, 1] -> (B, 3, size, size) as a CLIP wants it:
+    resized (bicubic, antialiased) and normalised per channel."""
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if image.shape[-1] != size:
+        image = F.interpolate(image, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (image - mean) / std
+
+
+def build_clip(config: ClipConfig):
+    """A CLIP of one's own: open_clip's model class with a ResNet image tower, untrained."""
+    return open_clip.CLIP(
+        config.embed_dim,
+        dict(image_size=config.image_size, width=config.vision_width, head_width=32,
+             layers=config.vision_layers),
+        dict(context_length=config.context_length, vocab_size=49408, width=config.embed_dim,
+             heads=config.text_heads, layers=config.text_layers))
+
+
+def build_tokenizer(context_length):
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+class ClipLoss(nn.Module):
+    """Symmetric contrastive loss over the pairs of all processes (Radford et al. 2021, fig. 3)."""
+
+    def __init__(self, rank, world_size):
+        super().__init__()
+        self.loss = open_clip.ClipLoss(local_loss=world_size > 1, gather_with_grad=world_size > 1,
+                                       rank=rank, world_size=world_size)
+
+    def forward(self, image_embed, text_embed, logit_scale):
+        return self.loss(image_embed, text_embed, logit_scale.clamp(max=100))
+
+
+def load_clip(clip_model, clip_pretrained, device="cpu"):
+    """FrozenClip of an open_clip model.
+
+    clip_model: open_clip's name; not read for a file that `train_clip.py` wrote.
+    clip_pretrained: open_clip's tag of published weights, or a file.
+    Raises UserError on an unknown name or tag, a missing file, weights that do not fit.
+    """
+    if os.path.isfile(clip_pretrained):
+        header = read_export_header(clip_pretrained, kind=None)
+        if header is not None:
+            return _load_own_clip(clip_pretrained, device)
+    elif os.sep in clip_pretrained or clip_pretrained.endswith((".pt", ".safetensors", ".bin")):
+        raise UserError(f"--clip_pretrained: no such file: {clip_pretrained}")
+    if clip_model not in open_clip.list_models():
+        raise UserError(f"--clip_model: open_clip knows no {clip_model!r}; "
+                        "open_clip.list_models() names them")
+    tags = open_clip.list_pretrained_tags_by_model(clip_model)
+    if not os.path.isfile(clip_pretrained) and clip_pretrained not in tags:
+        raise UserError(f"--clip_pretrained: {clip_pretrained!r} is neither a file nor one of "
+                        f"{clip_model}'s tags: {', '.join(tags)}")
+    logging.disable(logging.WARNING)
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            clip_model, pretrained=clip_pretrained, device=device)
+    except Exception as error:
+        raise UserError(f"--clip_pretrained: could not load {clip_model} {clip_pretrained}: "
+                        f"{str(error).splitlines()[0]}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+    normalize = preprocess.transforms[-1]
+    return FrozenClip(model.requires_grad_(False), open_clip.get_tokenizer(clip_model),
+                      mean=tuple(normalize.mean), std=tuple(normalize.std))
+
+
+def _load_own_clip(path, device):
+    header, state = load_export(path, kind="clip", flag="--clip_pretrained")
+    config = config_from_dict(ClipConfig, header["config"])
+    model = build_clip(config)
+    model.load_state_dict(state)
+    return FrozenClip(model.to(device).requires_grad_(False),
+                      build_tokenizer(config.context_length))
+
+
+def compute_fingerprint(clip):
+    """16 hex digits that name the weights of a FrozenClip."""
+    digest = hashlib.sha256()
+    for name, value in sorted(clip.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,54 @@
+"""Pictures to bytes and names to files."""
+
+import re
+import unicodedata
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
+
+MAX_NAME_BYTES = 120
+
+
+def to_uint8(image):
+    """float (..., H, W) in about [0, 1] -> uint8, clamped first so that nothing wraps around."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def save_jpeg(image, path, quality=95):
+    """image (3, H, W), float in [0, 1] or uint8, as a JPEG file."""
+    image = image if image.dtype == torch.uint8 else to_uint8(image)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    TF.to_pil_image(image.cpu()).save(path, "JPEG", quality=quality)
+
+
+def save_grid(images, path, columns=8):
+    """images (B, 3, H, W) in [0, 1] as one JPEG, `columns` a row."""
+    save_jpeg(make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0),
+              path)
+
+
+def make_file_stem(caption):
+    """A caption as a file name that every file system takes: no separators, control or reserved
+    characters, no leading or trailing dot or space, at most 120 bytes of UTF-8."""
+    text = unicodedata.normalize("NFC", caption)
+    text = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*]+', " ", text)
+    text = re.sub(r"\s+", " ", text).strip(" .")
+    text = text.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip(" .")
+    if not text or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", text):
+        text = f"_{text}"
+    return text
+
+
+def make_unique_stems(captions):
+    """`make_file_stem` of each caption, numbered where two would be the same (letter case aside)."""
+    seen, stems = {}, []
+    for caption in captions:
+        stem = candidate = make_file_stem(caption)
+        while candidate.casefold() in seen:
+            seen[stem.casefold()] += 1
+            candidate = f"{stem} ({seen[stem.casefold()]})"
+        seen[candidate.casefold()] = 1
+        stems.append(candidate)
+    return stems

@@ -1,0 +1,92 @@
+"""The networks, built from a config. The only file that imports dalle2_pytorch.
+
+Their parameter names are the library's own, so that exports load into its `DiffusionPrior` and
+`Decoder` (under `net.` and `unets.<i>.`) and the other way round.
+"""
+
+import torch
+from dalle2_pytorch import dalle2_pytorch as library
+
+from dalle2.checkpoint import load_export
+from dalle2.config import PriorConfig, UnetConfig, UserError, config_from_dict
+from dalle2.fast_modules import swap_modules
+
+
+def _prob_mask_like(shape, prob, device):
+    """The library draws its conditional dropout inside forward, where it depends on the process.
+    Ours may also be handed the draw: a float tensor (B,), 1 where the condition is kept."""
+    if torch.is_tensor(prob):
+        return prob > 0.5
+    return _library_prob_mask_like(shape, prob, device)
+
+
+_library_prob_mask_like = library.prob_mask_like
+library.prob_mask_like = _prob_mask_like
+
+
+def build_prior(config: PriorConfig, embed_dim):
+    """The prior's causal transformer, for a CLIP whose text width and embedding are `embed_dim`.
+
+    Called with image_embed (B, D) noised, t (B,), text_embed (B, D), text_encodings (B, L, D) and
+    text_cond_drop_prob, a (B,) tensor of zeros and ones; gives (B, D).
+    """
+    prior = library.DiffusionPriorNetwork(
+        dim=embed_dim, depth=config.depth, heads=config.heads, dim_head=config.dim_head,
+        max_text_len=config.max_text_len)
+    prior.null_image_embed.requires_grad_(False)  # never read: the image is never dropped
+    return swap_modules(prior, library)
+
+
+def build_unet(config: UnetConfig, unet_number, image_embed_dim):
+    """Stage `unet_number` (1-based) of the decoder, with the flags `Decoder` would give it.
+
+    The first is called with image (B, 3, H, W) in [-1, 1] noised, t (B,), image_embed (B, D) and
+    image_cond_drop_prob (B,) of zeros and ones; the following ones with lowres_cond_img
+    (B, 3, H, W) and lowres_noise_level (B,) instead. Gives (B, 3, H, W).
+    """
+    is_first = unet_number == 1
+    factor = 2 ** (len(config.dim_mults) - (0 if config.memory_efficient else 1))
+    for name in ("image_size", "crop_size"):
+        if getattr(config, name) % factor:
+            raise UserError(f"--{name}: {getattr(config, name)} is no multiple of {factor}, as "
+                            f"{len(config.dim_mults)} resolutions need")
+    kernel = config.init_conv_kernel_size
+    unet = library.Unet(
+        dim=config.dim, dim_mults=config.dim_mults, image_embed_dim=image_embed_dim,
+        num_resnet_blocks=config.num_resnet_blocks,
+        self_attn=config.self_attn or (False,) * len(config.dim_mults),
+        attn_heads=config.attn_heads, attn_dim_head=config.attn_dim_head,
+        memory_efficient=config.memory_efficient,
+        init_cross_embed=kernel == 0, init_conv_kernel_size=kernel or 7,
+        cond_on_image_embeds=is_first, lowres_cond=not is_first, lowres_noise_cond=not is_first)
+    unet.null_text_embed.requires_grad_(False)  # captions reach the decoder by the embedding alone
+    if not is_first:
+        unet.null_image_embed.requires_grad_(False)
+        unet.null_image_hiddens.requires_grad_(False)
+    return swap_modules(unet, library)
+
+
+def load_prior(path, flag="--prior_ckpt"):
+    """(network, PriorConfig, header) of a prior export; UserError, naming `flag`, otherwise."""
+    header, weights = load_export(path, "prior", flag)
+    config = config_from_dict(PriorConfig, header["config"])
+    prior = build_prior(config, header["embed_dim"])
+    prior.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
+    return prior.eval(), config, header
+
+
+def load_decoder(path, flag="--decoder_ckpt"):
+    """({unet_number: network}, {unet_number: UnetConfig}, header) of the stages that a decoder
+    export holds; UserError, naming `flag`, for another file."""
+    header, weights = load_export(path, "decoder", flag)
+    unets, configs = {}, {}
+    for number, stage in enumerate(header["stages"], start=1):
+        if stage is None:
+            continue
+        configs[number] = config_from_dict(UnetConfig, stage["config"])
+        unets[number] = build_unet(configs[number], number, header["embed_dim"]).eval()
+        prefix = f"unets.{number - 1}."
+        unets[number].load_state_dict({name.removeprefix(prefix): value
+                                       for name, value in weights.items()
+                                       if name.startswith(prefix)})
+    return unets, configs, header

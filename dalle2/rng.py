@@ -1,0 +1,46 @@
+"""Random numbers that depend on (seed, step, position in the global batch) and on nothing else.
+
+Every process draws the numbers of the whole global batch and keeps its own rows. A run therefore
+sees the same noise on one device and on eight, and the ranks of one run see different noise.
+"""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(*parts):
+    """A 63-bit seed from any printable parts; other parts, another seed."""
+    digest = hashlib.sha256("-".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class BatchRandom:
+    """The random numbers of one step. `rows` is this process's slice of the global batch."""
+
+    def __init__(self, *key, batch_size, rows=slice(None), device="cpu"):
+        self.generator = torch.Generator(device).manual_seed(derive_seed(*key))
+        self.batch_size, self.rows, self.device = batch_size, rows, device
+
+    def randn(self, *shape):
+        """Standard normal numbers, (rows, *shape)."""
+        return self._draw(torch.randn, shape)
+
+    def rand(self, *shape):
+        """Uniform numbers in [0, 1), (rows, *shape)."""
+        return self._draw(torch.rand, shape)
+
+    def randint(self, high):
+        """Uniform integers in [0, high), (rows,)."""
+        return torch.randint(high, (self.batch_size,), generator=self.generator,
+                             device=self.device)[self.rows]
+
+    def _draw(self, function, shape):
+        return function((self.batch_size, *shape), generator=self.generator,
+                        device=self.device)[self.rows]
+
+
+def draw_noise(seeds, shape, device="cpu", dtype=torch.float32):
+    """Standard normal noise (B, *shape), row i from seeds[i] alone, the same on every device."""
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device, dtype)

@@ -1,0 +1,18 @@
+# Sourced by train_prior.sh and train_decoder.sh. Replaces the shell by a training script on
+# whatever is there: the CPU or one GPU directly, several GPUs with `accelerate launch`. LAUNCH_ARGS
+# holds arguments of `accelerate launch` for anything else (several machines, FSDP).
+
+launch() {
+    gpus=0
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    fi
+    if [ -z "${LAUNCH_ARGS:-}" ] && [ "$gpus" -gt 1 ]; then
+        LAUNCH_ARGS="--multi_gpu --num_processes $gpus --num_machines 1 --dynamo_backend no"
+    fi
+    if [ -z "${LAUNCH_ARGS:-}" ]; then
+        exec "$PY" "$@"
+    fi
+    # shellcheck disable=SC2086  # LAUNCH_ARGS is a list of words
+    exec "$PY" -m accelerate.commands.launch $LAUNCH_ARGS "$@"
+}

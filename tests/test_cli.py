@@ -1,0 +1,132 @@
+"""Bad input: one clear line, exit code 2, nothing written."""
+
+import re
+
+import pytest
+import torch
+
+from dalle2.checkpoint import save_export
+from dalle2.clip import build_clip, compute_fingerprint, load_clip
+from dalle2.config import PRESETS, config_to_dict
+from dalle2.models import build_prior, build_unet
+
+
+def recorded_clip(path):
+    return {"clip_model": "", "clip_pretrained": str(path), "relative_path": "",
+            "fingerprint": compute_fingerprint(load_clip("", str(path)))}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(clip_path, tmp_path_factory):
+    """Flags that name untrained exports of the toy preset."""
+    folder, preset = tmp_path_factory.mktemp("ckpt"), PRESETS["toy"]
+    clip = recorded_clip(clip_path)
+    save_export(folder / "prior.safetensors", "prior",
+                {"config": config_to_dict(preset.prior), "embed_dim": 128, "clip": clip, "step": 0},
+                {f"net.{k}": v for k, v in build_prior(preset.prior, 128).state_dict().items()})
+    weights = {}
+    for number, config in enumerate(preset.decoder.unets, start=1):
+        unet = build_unet(config, number, 128)
+        weights |= {f"unets.{number - 1}.{k}": v for k, v in unet.state_dict().items()}
+    stages = [{"config": config_to_dict(c), "step": 0} for c in preset.decoder.unets]
+    save_export(folder / "decoder.safetensors", "decoder",
+                {"embed_dim": 128, "clip": clip, "stages": stages}, weights)
+    save_export(folder / "half.safetensors", "decoder",
+                {"embed_dim": 128, "clip": clip, "stages": [stages[0], None]},
+                {k: v for k, v in weights.items() if k.startswith("unets.0.")})
+    torch.manual_seed(1)
+    save_export(folder / "other_clip.safetensors", "clip",
+                {"config": config_to_dict(preset.clip), "step": 0},
+                build_clip(preset.clip).state_dict())
+    (folder / "broken.safetensors").write_bytes(b"not a checkpoint")
+    return folder
+
+
+def check_refused(result, told):
+    code, out, err = result
+    assert code == 2, (code, out, err)
+    assert re.fullmatch(r"error: [^\n]*" + told + r"[^\n]*\n", err), err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("script", ["train_prior.py", "train_decoder.py"])
+@pytest.mark.parametrize("flags, told", [
+    (["--train_img_path", "no/such"], "--train_img_path: no such folder: no/such"),
+    (["--train_annot_path", "no.json"], "--train_annot_path: no such file: no.json"),
+    (["--clip_pretrained", "no/clip.safetensors"], "--clip_pretrained: no such file"),
+    (["--clip_pretrained", "README.md", "--clip_model", "nope"], "--clip_model"),
+    (["--batch_size", "0"], "--batch_size: 0 must be positive"),
+    (["--lr", "fast"], "--lr"), (["--unknown", "1"], "--unknown"),
+    (["--preset", "huge"], "--preset")])
+def test_training_refuses(run_script, data_flags, clip_path, tmp_path, script, flags, told):
+    result = run_script(script, *data_flags, "--clip_pretrained", clip_path, "--preset", "toy",
+                        "--output_dir", tmp_path / "run", *flags)
+    check_refused(result, re.escape(told))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_refuses_what_is_no_captions_file(run_script, data_flags, clip_path, tmp_path):
+    path = tmp_path / "instances.json"
+    path.write_text('{"images": [], "annotations": 3}')
+    result = run_script("train_prior.py", *data_flags, "--clip_pretrained", clip_path, "--preset",
+                        "toy", "--output_dir", tmp_path / "run", "--train_annot_path", path)
+    check_refused(result, "--train_annot_path: .*is not a COCO captions file")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_is_not_there_is_refused(run_script, data_flags, clip_path, tmp_path):
+    result = run_script("train_decoder.py", *data_flags, "--clip_pretrained", clip_path,
+                        "--preset", "toy", "--unet_number", 3)
+    check_refused(result, "--unet_number: 3")
+
+
+@pytest.mark.parametrize("script", ["train_clip.py", "train_prior.py", "train_decoder.py"])
+def test_dry_run_writes_nothing(run_script, data_flags, clip_path, tmp_path, script):
+    flags = [] if script == "train_clip.py" else ["--clip_pretrained", clip_path]
+    code, out, _ = run_script(script, *data_flags, *flags, "--preset", "toy", "--dry_run",
+                              "--store_dir", tmp_path / "store", "--output_dir", tmp_path / "run")
+    assert code == 0 and "M parameters" in out and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, told", [
+    ([], "--prompt: nothing to render"), (["--prompt", " "], "--prompt: a prompt is empty"),
+    (["--prompt", "x", "--num_images", "0"], "--num_images"),
+    (["--test_img_path", "tests"], "--test_annot_path: needed"),
+    (["--prompt_file", "no.txt"], "--prompt_file: no such file"),
+    (["--test_img_path", "no/such", "--test_annot_path", "x.json"],
+     "--test_img_path: no such folder"),
+    (["--prompt", "x", "--init_from_true_embedding"], "--init_from_true_embedding")])
+def test_rendering_refuses_its_input(run_script, tmp_path, flags, told):
+    check_refused(run_script("test_dalle2.py", "--output_dir", tmp_path / "r", *flags),
+                  re.escape(told))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"--prior_ckpt": "decoder"}, "--prior_ckpt: .* is a decoder export, a prior export is needed"),
+    ({"--decoder_ckpt": "prior"}, "--decoder_ckpt: .* is a prior export"),
+    ({"--prior_ckpt": "missing"}, "--prior_ckpt: no such file"),
+    ({"--decoder_ckpt": "broken"}, "--decoder_ckpt: .* is no export of this project"),
+    ({"--decoder_ckpt": "half"}, "--decoder_ckpt: stage 2 is not trained yet"),
+    ({"--clip_pretrained": "other_clip"}, "--clip_pretrained: .* is not the CLIP")])
+def test_rendering_refuses_the_wrong_checkpoint(run_script, checkpoints, tmp_path, change, told):
+    files = {"--prior_ckpt": "prior", "--decoder_ckpt": "decoder"} | change
+    flags = [x for flag, name in files.items()
+             for x in (flag, checkpoints / f"{name}.safetensors")]
+    check_refused(run_script("test_dalle2.py", "--prompt", "a red bus", "--output_dir",
+                             tmp_path / "r", *flags), told)
+    assert not (tmp_path / "r").exists()
+
+
+def test_another_run_in_the_folder_is_refused(run_script, data_flags, clip_path, tmp_path):
+    flags = [*data_flags, "--clip_pretrained", clip_path, "--preset", "toy", "--num_steps", 1,
+             "--output_dir", tmp_path, "--batch_size"]
+    assert run_script("train_prior.py", *flags, 4)[0] == 0
+    code, _, err = run_script("train_prior.py", *flags, 8)
+    assert code == 2 and "batch_size: 4 before, 8 now" in err
+
+
+def test_defaults_are_those_of_the_readme(run_script):
+    for script in ("train_prior.py", "train_decoder.py", "test_dalle2.py"):
+        code, out, _ = run_script(script, "--help")
+        assert code == 0 and "--output_dir" in out

@@ -1,0 +1,57 @@
+import ast
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dalle2 import config as config_module
+from dalle2.config import (
+    PRESETS,
+    Preset,
+    UserError,
+    config_from_dict,
+    config_to_dict,
+    validate_config,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = [kind for kind in vars(config_module).values()
+         if dataclasses.is_dataclass(kind) and isinstance(kind, type)]
+
+
+def test_every_field_is_read_somewhere():
+    read = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("dalle2/*.py")]:
+        if path.name == "config.py":
+            continue
+        read |= {node.attr for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    fields = {item.name for kind in KINDS for item in dataclasses.fields(kind)}
+    assert fields - read == set()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    preset = PRESETS[name]
+    validate_config(preset)
+    assert config_from_dict(Preset, json.loads(json.dumps(config_to_dict(preset)))) == preset
+
+
+def test_unknown_and_missing_fields_are_named():
+    values = config_to_dict(PRESETS["toy"].prior)
+    with pytest.raises(UserError, match="depht"):
+        config_from_dict(type(PRESETS["toy"].prior), {**values, "depht": 3})
+    del values["depth"]
+    with pytest.raises(UserError, match="depth"):
+        config_from_dict(type(PRESETS["toy"].prior), values)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("lr", 0.0), ("lr", -1.0), ("num_steps", 0), ("batch_size", -4), ("ema_decay", 1.5),
+    ("lr_schedule", "linear"), ("mixed_precision", "fp8")])
+def test_senseless_values_are_named(field, value):
+    train = replace(PRESETS["toy"].prior.train, **{field: value})
+    with pytest.raises(UserError, match=f"--{field}"):
+        validate_config(train)

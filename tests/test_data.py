@@ -1,0 +1,182 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle2.clip import compute_fingerprint, load_clip
+from dalle2.config import UserError
+from dalle2.data import (
+    Store,
+    draw_indexes,
+    load_captions,
+    load_image,
+    prepare_store,
+    resize,
+    resize_and_crop,
+)
+
+
+def write_coco(folder, images, captions):
+    """images: {name: PIL image or bytes}; captions: {name: list}. Returns the annotation path."""
+    (folder / "img").mkdir(exist_ok=True)
+    for name, image in images.items():
+        path = folder / "img" / name
+        path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+    entries = [{"id": 10 + i, "file_name": name} for i, name in enumerate(captions)]
+    texts = [(entry["id"], text) for entry in entries for text in captions[entry["file_name"]]]
+    annot_path = folder / "captions.json"
+    annot_path.write_text(json.dumps({"images": entries, "annotations": [
+        {"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(texts)]}))
+    return annot_path
+
+
+def test_photos_keep_their_shape():
+    """A circle in a wide photo stays a circle: short side resized, then the middle cut out."""
+    y, x = np.mgrid[:300, :600]
+    disc = (((x - 300) ** 2 + (y - 150) ** 2 < 100 ** 2) * 255).astype(np.uint8)
+    out = resize_and_crop(torch.from_numpy(np.stack([disc] * 3)), 64)
+    assert out.shape == (3, 64, 64) and out.dtype == torch.uint8
+    mask = out[0] > 127
+    assert abs(mask.any(0).sum() - mask.any(1).sum()) <= 1
+    assert abs(mask.any(0).sum() - 64 * 200 / 300) <= 2
+
+
+def test_resizing_is_antialiased():
+    """A fine checkerboard becomes grey; the nearest neighbour would give black and white."""
+    board = (torch.arange(256)[:, None] + torch.arange(256)[None]) % 2 * 255
+    small = resize(board.to(torch.uint8).expand(3, -1, -1), 64)
+    assert (small.float() - 127.5).abs()[:, 2:-2, 2:-2].max() < 4
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (31, 500), (256, 256)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK"])
+def test_any_photo_becomes_256_px_rgb(tmp_path, size, mode):
+    path = tmp_path / ("x.png" if mode == "P" else "x.jpg")
+    Image.new("RGB", size, (200, 30, 30)).convert(mode).save(path)
+    image = load_image(path)
+    assert image.shape == (3, 256, 256) and image.dtype == torch.uint8
+    if mode != "L":
+        assert (image.float().mean((1, 2)) - torch.tensor([200., 30., 30.])).abs().max() < 12
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    image = Image.new("RGB", (80, 40), "white")
+    image.paste("black", (0, 0, 40, 40))  # left half black
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.save(tmp_path / "x.jpg", exif=exif)
+    shown = load_image(tmp_path / "x.jpg", 32).float().mean(0)
+    assert shown[:8].mean() < 60 < 200 < shown[-8:].mean()  # the top is black now
+
+
+def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, clip_path):
+    good = Image.new("RGB", (64, 80), "red")
+    annot_path = write_coco(
+        tmp_path, {"a.jpg": good, "b.jpg": b"", "c.jpg": b"no picture", "e.jpg": good},
+        {"a.jpg": [f"caption {k}" for k in range(6)], "b.jpg": ["x"], "c.jpg": ["y"],
+         "missing.jpg": ["z"], "e.jpg": ["one", "  "]})
+    clip = load_clip("", str(clip_path))
+    store = prepare_store(tmp_path / "img", annot_path, tmp_path / "store", clip=lambda: clip,
+                          fingerprint=compute_fingerprint(clip), num_workers=0, progress=False)
+    assert store.file_names == ["a.jpg", "e.jpg"] and store.image_ids == [10, 14]
+    assert [len(c) for c in store.captions] == [6, 1]
+    assert store.text_tokens.shape[0] == store.text_embed.shape[0] == 7
+    said = capsys.readouterr()
+    assert sum((said.out + said.err).count(name) for name in ("b.jpg", "c.jpg", "missing.jpg")) == 3
+
+
+@pytest.fixture(scope="module")
+def store(toy, clip_path, tmp_path_factory):
+    clip = load_clip("", str(clip_path))
+    return prepare_store(toy / "train", toy / "captions_train.json",
+                         tmp_path_factory.mktemp("store"), clip=lambda: clip,
+                         fingerprint=compute_fingerprint(clip), progress=False)
+
+
+def test_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, clip_path):
+    clip = load_clip("", str(clip_path))
+    image = load_image(toy / "train" / store.file_names[5])
+    assert torch.equal(torch.from_numpy(store.images[5].copy()), image)
+    wanted = clip.embed_image(image[None])[0]
+    torch.testing.assert_close(torch.from_numpy(store.image_embed[5]).float(), wanted,
+                               atol=2e-3, rtol=0)
+    row = store.caption_start[5] + 3
+    text_embed, text_encodings = clip.embed_text(clip.tokenize([store.captions[5][3]]))
+    torch.testing.assert_close(torch.from_numpy(store.text_embed[row]).float(), text_embed[0],
+                               atol=2e-3, rtol=0)
+    loaded = store.load_text_encodings([row], clip.context_length)
+    torch.testing.assert_close(loaded, text_encodings, atol=6e-3, rtol=2e-3)
+
+
+def test_cut_text_encodings_keep_the_end_token(store):
+    full = store.load_text_encodings([0], 26)[0]
+    length = int((full.abs().sum(-1) > 0).sum())
+    cut = store.load_text_encodings([0], length - 3)[0]
+    assert torch.equal(cut[:-1], full[:length - 4]) and torch.equal(cut[-1], full[length - 1])
+
+
+def test_a_prepared_store_is_reused_and_a_changed_source_is_not(tmp_path):
+    annot_path = write_coco(tmp_path, {"a.jpg": Image.new("RGB", (9, 9))}, {"a.jpg": ["one"]})
+
+    def prepare():
+        return prepare_store(tmp_path / "img", annot_path, tmp_path / "store", num_workers=0,
+                             progress=False)
+    first = prepare()
+    stamp = (first.folder / "images" / "images.npy").stat().st_mtime_ns
+    assert (prepare().folder / "images" / "images.npy").stat().st_mtime_ns == stamp
+    annot_path.write_text(annot_path.read_text().replace("one", "two"))
+    assert prepare().captions == [["two"]]
+
+
+def test_an_interrupted_preparation_starts_anew(tmp_path, monkeypatch):
+    annot_path = write_coco(tmp_path, {"a.jpg": Image.new("RGB", (9, 9))}, {"a.jpg": ["one"]})
+    import dalle2.data as data
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "prepare_images", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_store(tmp_path / "img", annot_path, tmp_path / "store", num_workers=0)
+    assert len(prepare_store(tmp_path / "img", annot_path, tmp_path / "store", num_workers=0,
+                             progress=False)) == 1
+
+
+def test_small_images_are_derived_once_and_antialiased(store):
+    small = store.load_small_images(32)
+    assert small.shape == (len(store), 3, 32, 32)
+    wanted = resize(torch.from_numpy(store.images[3].copy()), 32)
+    assert np.array_equal(small[3], wanted.numpy())
+
+
+def test_each_epoch_draws_each_picture_once():
+    drawn = np.concatenate([draw_indexes(10, 0, step, 4) for step in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert list(drawn[:10]) != list(drawn[10:])
+    assert np.array_equal(draw_indexes(10, 0, 3, 4), drawn[12:16])
+    assert not np.array_equal(draw_indexes(10, 1, 3, 4), drawn[12:16])
+
+
+def test_all_captions_of_a_picture_are_drawn(store):
+    u = torch.linspace(0, 0.999, 200)
+    rows = store.draw_captions([2] * 200, u)
+    assert set(rows) == set(range(store.caption_start[2], store.caption_start[3]))
+
+
+@pytest.mark.parametrize("text, told", [
+    ("[1, 2]", "not a COCO captions file"), ("{", "not a COCO captions file"),
+    ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
+     '[{"id": 1, "image_id": 1, "bbox": []}]}', "not a COCO captions file"),
+    ('{"images": [], "annotations": []}', "no captioned image"),
+    ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
+     '[{"id": 1, "image_id": 1, "caption": "x"}]}', "holds none of the first pictures")])
+def test_bad_annotations_are_named(tmp_path, text, told):
+    path = tmp_path / "captions.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        load_captions(str(path), str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_store_rereads_itself(store):
+    again = Store(store.folder)
+    assert again.captions == store.captions and len(again) == len(store) == 64

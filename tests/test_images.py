@@ -1,0 +1,34 @@
+import pytest
+import torch
+from PIL import Image
+
+from dalle2.images import make_file_stem, make_unique_stems, save_jpeg, to_uint8
+
+
+def test_bytes_are_clamped_and_do_not_wrap_around():
+    assert to_uint8(torch.tensor([-0.09, 0.0, 0.5, 1.0, 1.08])).tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("caption", [
+    "a/b\\c", "..", "  . ", "x" * 300, "ünï" * 90, "con", "a\nb\tc", 'q: "what?" <b>|*', "NUL.x",
+    "雪" * 100])
+def test_any_caption_becomes_a_safe_file_name(caption, tmp_path):
+    stem = make_file_stem(caption)
+    assert stem and len(stem.encode()) <= 121 and stem == stem.strip(" .")
+    assert not set(stem) & set('<>:"/\\|?*\n\t')
+    save_jpeg(torch.rand(3, 8, 8), tmp_path / f"{stem}.jpg")
+    assert [p.name for p in tmp_path.iterdir()] == [f"{stem}.jpg"]
+
+
+def test_names_are_unique_even_where_case_does_not_count():
+    stems = make_unique_stems(["a dog", "A dog", "a dog", "a dog (2)", "a cat"])
+    assert len({s.casefold() for s in stems}) == 5 and stems[0] == "a dog" and stems[4] == "a cat"
+
+
+def test_jpegs_have_the_right_size_and_colors(tmp_path):
+    image = torch.zeros(3, 256, 256)
+    image[0] = 1
+    save_jpeg(image, tmp_path / "x.jpg")
+    saved = Image.open(tmp_path / "x.jpg")
+    assert saved.size == (256, 256) and saved.format == "JPEG"
+    assert saved.getpixel((100, 100))[0] > 250 and saved.getpixel((100, 100))[1] < 5

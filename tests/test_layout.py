@@ -1,0 +1,59 @@
+"""The shape of the repository: who imports whom, and that what the README names is there."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL_TOOLS = {"config", "checkpoint", "rng", "logger", "images", "metrics", "diffusion",
+               "fast_modules"}
+ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "data", "dalle2_pytorch": "models"}
+
+
+def imported(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_imports_go_one_way():
+    for path in (ROOT / "dalle2").glob("*.py"):
+        names = imported(path)
+        ours = {n.split(".")[1] for n in names if n.startswith("dalle2.")}
+        for package, owner in ONE_IMPORTER.items():
+            assert path.stem == owner or not any(n.split(".")[0] == package for n in names), path
+        if path.stem in SMALL_TOOLS:
+            assert ours <= {"config"}, path
+        if path.stem == "train_loop":
+            assert not ours & {"models", "data", "clip", "sampling"}
+        assert not names & {"train_prior", "train_decoder", "train_clip", "test_dalle2"}, path
+
+
+def test_scripts_are_posix_sh():
+    for path in (ROOT / "scripts").glob("*.sh"):
+        assert subprocess.run(["sh", "-n", path]).returncode == 0
+        if path.read_text().startswith("#!"):
+            assert "set -eu" in path.read_text(), path
+
+
+def test_every_command_and_picture_of_the_readme_is_there():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"(?:sh|python) ([\w./-]+\.(?:sh|py))", text)
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "data/coco_download.py",
+            "scripts/train_prior.sh", "scripts/train_decoder.sh", "test_dalle2.py"} <= set(commands)
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for name in [*commands, *(link for link in links if "://" not in link)]:
+        assert (ROOT / name.replace("%20", " ")).exists(), name
+
+
+def test_nothing_holds_an_absolute_path_or_an_unsafe_load():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("scripts/*.sh")]:
+        text = path.read_text()
+        assert not re.search(r"[\"'](/home|/root|/Users|/mnt|C:\\\\)", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call and "map_location" in call, path

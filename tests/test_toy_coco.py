@@ -1,0 +1,91 @@
+import io
+import json
+
+import numpy as np
+import pytest
+import toy_coco
+from PIL import Image
+from pycocotools.coco import COCO
+
+
+@pytest.fixture(scope="module")
+def val(toy):
+    truth = toy_coco.load_attributes(toy / "captions_val.json")
+    pictures = [Image.open(toy / "val" / f"{i:06d}.jpg").convert("RGB") for i in sorted(truth)]
+    return pictures, [truth[i] for i in sorted(truth)]
+
+
+def small_trip(image, side=64):
+    buffer = io.BytesIO()
+    image.resize((side, side), Image.BICUBIC).resize((256, 256), Image.BICUBIC).save(
+        buffer, "JPEG", quality=80)
+    return Image.open(buffer)
+
+
+def test_judge_reads_true_pictures(val):
+    pictures, wanted = val
+    for shown in (pictures, [small_trip(p) for p in pictures]):
+        accuracy = toy_coco.compute_accuracy(toy_coco.map_check(shown, wanted))
+        assert min(accuracy.values()) >= 0.99, accuracy
+
+
+def test_judge_is_at_chance_for_wrong_captions(val):
+    pictures, wanted = val
+    results = [r for k in range(1, 20)
+               for r in toy_coco.map_check(pictures, wanted[k:] + wanted[:k])]
+    accuracy = toy_coco.compute_accuracy(results)
+    # one object is sometimes judged against nothing, where two were described
+    assert abs(accuracy["background"] - 1 / 5) < 0.05
+    assert abs(accuracy["count"] - 1 / 2) < 0.05
+    for name, chance in (("color", 1 / 6), ("shape", 1 / 6), ("size", 1 / 2)):
+        assert chance * 0.7 < accuracy[name] < chance + 0.05, (name, accuracy[name])
+
+
+def test_judge_sees_each_attribute_change(val):
+    pictures, wanted = val
+    for picture, attributes in list(zip(pictures, wanted))[:20]:
+        for name, names in (("color", toy_coco.COLORS), ("shape", toy_coco.SHAPES),
+                            ("size", toy_coco.SIZES)):
+            lie = json.loads(json.dumps(attributes))
+            lie["objects"][0][name] = next(n for n in names if n != lie["objects"][0][name])
+            result = toy_coco.check_attributes(picture, lie)
+            assert result[name][0] is False
+            assert result["background"] == [True] and result["place"][0]
+
+
+def test_blank_and_noise_pictures_are_wrong(val):
+    _, wanted = val
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    for array in (np.full((256, 256, 3), 128, np.uint8), noise):
+        accuracy = toy_coco.compute_accuracy(toy_coco.map_check([array] * len(wanted), wanted))
+        assert accuracy["color"] < 0.25 and accuracy["shape"] < 0.25 and accuracy["count"] < 0.6
+
+
+def test_val_holds_what_train_never_shows(toy):
+    for split, held_out in (("train", False), ("val", True)):
+        for attributes in toy_coco.load_attributes(toy / f"captions_{split}.json").values():
+            pairs = [toy_coco.is_held_out(o["color"], o["shape"]) for o in attributes["objects"]]
+            assert any(pairs) == held_out
+
+
+def test_captions_are_coco_and_say_everything(toy):
+    coco = COCO(str(toy / "captions_train.json"))
+    for image_id, image in coco.imgs.items():
+        captions = [a["caption"] for a in coco.imgToAnns[image_id]]
+        assert len(captions) == 5 and len(set(captions)) >= 4
+        assert Image.open(toy / "train" / image["file_name"]).size == (256, 256)
+        for caption in captions:
+            assert image["attributes"]["background"] in caption
+            for item in image["attributes"]["objects"]:
+                assert item["color"] in caption
+                assert any(word in caption for word in toy_coco.SHAPES[item["shape"]])
+                assert any(word in caption for word in toy_coco.SIZE_WORDS[item["size"]])
+
+
+def test_same_seed_same_data_and_a_finished_split_stays(toy, tmp_path, capsys):
+    toy_coco.write_split(tmp_path, "train", 64, seed=0, num_workers=1)
+    for name in ("captions_train.json", "train/000007.jpg"):
+        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
+    capsys.readouterr()
+    toy_coco.write_split(tmp_path, "train", 64, seed=0, num_workers=1)
+    assert "there already" in capsys.readouterr().out
