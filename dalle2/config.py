@@ -5,9 +5,8 @@ an exported checkpoint carries in its header. Sources are named beside the numbe
 """
 
 import dataclasses
-import types
 import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 
 class UserError(Exception):
@@ -120,24 +119,27 @@ _TOY_CLIP = ClipConfig(
                       adam_beta2=0.98, ema_decay=0.97, save_every=130, validate_every=65))
 
 _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, warmup_steps=50,
-                         weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=250,
-                         validate_every=250)
+                         weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
+                         validate_every=500)
 
 PRESETS = {
     # two CPU cores, minutes: 32 -> 256 px on the embedded data set
     "toy": Preset(
         clip=_TOY_CLIP,
         prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26,
-                          train=replace(_TOY_TRAIN, num_steps=600, batch_size=128)),
+                          train=replace(_TOY_TRAIN, num_steps=280, batch_size=128)),
         decoder=DecoderConfig(unets=(
-            UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8), num_resnet_blocks=1,
+            UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
-                       sample_timesteps=20, cond_scale=1.5, train=_TOY_TRAIN),
-            UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=1,
+                       predict_v=False, predict_x_start=True, beta_schedule="linear",
+                       min_snr_gamma=0.0, sample_timesteps=20, cond_scale=2.0,
+                       train=replace(_TOY_TRAIN, num_steps=1900, batch_size=32, lr=2e-3)),
+            UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
+                       predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
-                       sample_timesteps=6,
-                       train=replace(_TOY_TRAIN, num_steps=500, batch_size=16))))),
+                       sample_timesteps=5,
+                       train=replace(_TOY_TRAIN, num_steps=600, batch_size=16, lr=2e-3))))),
     # one GPU of 12 GB
     "small": Preset(
         clip=_BASE_CLIP,
@@ -183,6 +185,7 @@ PRESETS = {
 _CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
             "mixed_precision": ("auto", "no", "bf16", "fp16")}
 _MAY_BE_ZERO = {"weight_decay", "warmup_steps", "seed", "init_conv_kernel_size", "min_snr_gamma",
+                "num_resnet_blocks",
                 "crop_size", "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}
 

@@ -1,6 +1,5 @@
 """Numbers that say how good something is."""
 
-import torch
 
 
 def compute_recall(queries, targets, ks):

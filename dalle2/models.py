@@ -59,11 +59,30 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
         memory_efficient=config.memory_efficient,
         init_cross_embed=kernel == 0, init_conv_kernel_size=kernel or 7,
         cond_on_image_embeds=is_first, lowres_cond=not is_first, lowres_noise_cond=not is_first)
+    init_unet(unet, is_first, image_embed_dim)
     unet.null_text_embed.requires_grad_(False)  # captions reach the decoder by the embedding alone
     if not is_first:
         unet.null_image_embed.requires_grad_(False)
         unet.null_image_hiddens.requires_grad_(False)
     return swap_modules(unet, library)
+
+
+@torch.no_grad()
+def init_unet(unet, is_first, image_embed_dim):
+    """Two departures from the library's random start; the networks and their names are the same.
+
+    Its pixel shuffles begin with the same weights for all four pixels, so that the picture that
+    grows from the coarsest layers begins without any notion of place: they begin independent here.
+    The image embedding has unit norm: the layers that read it begin as if each of its numbers had
+    unit variance.
+    """
+    for module in unet.modules():
+        if isinstance(module, library.PixelShuffleUpsample):
+            torch.nn.init.kaiming_uniform_(module.net[0].weight)
+    if is_first:
+        for layer in (unet.to_image_hiddens, unet.image_to_tokens):
+            if not isinstance(layer, torch.nn.Identity):
+                layer[0].weight.mul_(image_embed_dim ** 0.5)
 
 
 def load_prior(path, flag="--prior_ckpt"):

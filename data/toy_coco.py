@@ -16,7 +16,7 @@ import os
 import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +196,7 @@ def write_split(output_dir, split, num_images, seed, num_workers):
 # the judge
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_templates(side=32):
     """{shape: masks (angles, side, side)}: each shape cut to its bounding box, as `find_objects`
     does with what it finds."""

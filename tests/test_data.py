@@ -84,7 +84,7 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
     assert [len(c) for c in store.captions] == [6, 1]
     assert store.text_tokens.shape[0] == store.text_embed.shape[0] == 7
     said = capsys.readouterr()
-    assert sum((said.out + said.err).count(name) for name in ("b.jpg", "c.jpg", "missing.jpg")) == 3
+    assert (said.out + said.err).count("is left out") == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,167 @@
+"""The scripts in a row, as a user calls them, with a few steps each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy_coco
+from PIL import Image
+from safetensors.torch import load_file
+
+from dalle2.checkpoint import load_newest_checkpoint, read_export_header
+from dalle2.logger import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_COCO = ROOT.parent / "shared" / "data" / "coco_val2014_mini"
+
+
+def call(*command):
+    """Runs a command at the root with this interpreter's environment; returns what it printed."""
+    environment = {**os.environ, "VENV": sys.prefix}
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_chain(out, data, *, steps, batch_size):
+    """CLIP, prior and decoder in `out`; `data` are the data flags."""
+    train = [*data, "--preset", "toy", "--num_steps", steps, "--batch_size", batch_size]
+    call(sys.executable, "train_clip.py", *train, "--output_dir", out / "clip")
+    clip = ["--clip_pretrained", out / "clip" / "clip.safetensors"]
+    call(sys.executable, "data/coco_prepare.py", *data, *clip)
+    for script in ("prior", "decoder"):
+        folder = out / script
+        call("sh", f"scripts/train_{script}.sh", *train, *clip, "--output_dir", folder)
+
+
+def check_pictures(folder, count):
+    entries = json.loads((folder / "manifest.json").read_text())["images"]
+    assert len(entries) == count == len({entry["file"] for entry in entries})
+    for entry in entries:
+        picture = Image.open(folder / entry["file"])
+        assert picture.size == (256, 256) and picture.format == "JPEG"
+        assert np.asarray(picture).std() > 3  # not blank
+        assert -1 <= entry["clip_score"] <= 1
+    return entries
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, toy):
+    out = tmp_path_factory.mktemp("chain")
+    data = ["--train_img_path", toy / "train", "--train_annot_path", toy / "captions_train.json",
+            "--val_img_path", toy / "val", "--val_annot_path", toy / "captions_val.json",
+            "--num_val_images", 8, "--store_dir", out / "store"]
+    run_chain(out, data, steps=4, batch_size=4)
+    return out
+
+
+def render(chain, folder, *flags):
+    return call(sys.executable, "test_dalle2.py", "--output_dir", folder, "--sample_timesteps", 2,
+                "--prior_ckpt", chain / "prior" / "prior.safetensors",
+                "--decoder_ckpt", chain / "decoder" / "decoder.safetensors", *flags)
+
+
+def test_captions_of_a_coco_file_are_rendered(chain, toy, tmp_path):
+    render(chain, tmp_path, "--test_img_path", toy / "val", "--test_annot_path",
+           toy / "captions_val.json", "--num_images", 5)
+    entries = check_pictures(tmp_path, 5)
+    captions = json.loads((toy / "captions_val.json").read_text())["annotations"]
+    for entry in entries:
+        assert (entry["image_id"], entry["caption"]) in {
+            (c["image_id"], c["caption"]) for c in captions}
+        assert entry["caption"] in (tmp_path / "index.html").read_text()
+    assert (tmp_path / "index.html").read_text().count("data:image/jpeg") == 5
+    columns = toy_coco.judge_manifests([tmp_path / "manifest.json"], toy / "captions_val.json")
+    assert {"chance", tmp_path.name} == set(columns)
+
+
+def test_prompts_and_seeds(chain, tmp_path):
+    prompts = ["--prompt", "a red box / circle", "--prompt", "ünïcode ☃", "--samples_per_prompt", 2]
+    render(chain, tmp_path / "a", *prompts, "--batch_size", 1)
+    entries = check_pictures(tmp_path / "a", 4)
+    assert len({entry["seed"] for entry in entries}) == 4
+    render(chain, tmp_path / "b", *prompts)
+    render(chain, tmp_path / "c", *prompts, "--seed", 1)
+
+    def difference(other):
+        return max(np.abs(np.asarray(Image.open(tmp_path / "a" / entry["file"]), dtype=float)
+                          - np.asarray(Image.open(tmp_path / other / entry["file"]))).max()
+                   for entry in entries)
+    assert difference("b") <= 4 and difference("c") > 30
+
+
+def test_the_decoder_can_be_fed_the_true_embedding(chain, toy, tmp_path):
+    render(chain, tmp_path, "--test_img_path", toy / "val", "--test_annot_path",
+           toy / "captions_val.json", "--num_images", 3, "--init_from_true_embedding")
+    check_pictures(tmp_path, 3)
+
+
+def test_exports_hold_the_average_under_the_librarys_names_and_no_clip(chain):
+    prior = load_file(chain / "prior" / "prior.safetensors")
+    state = load_newest_checkpoint(chain / "prior" / "checkpoints")
+    assert all(name.startswith("net.") for name in prior)
+    for name, value in prior.items():
+        assert torch.equal(value, state["ema"][f"module.{name.removeprefix('net.')}"])
+    assert any(not torch.equal(value, state["module"][name.removeprefix("net.")])
+               for name, value in prior.items())
+    decoder = load_file(chain / "decoder" / "decoder.safetensors")
+    assert {name.split(".")[1] for name in decoder} == {"0", "1"}
+    assert not any("clip" in name or "visual" in name for name in [*prior, *decoder])
+
+
+def test_a_stage_can_be_trained_alone_and_the_other_stays(chain, toy):
+    path = chain / "decoder" / "decoder.safetensors"
+    before = load_file(path)
+    data = ["--train_img_path", toy / "train", "--train_annot_path", toy / "captions_train.json",
+            "--val_annot_path", "", "--store_dir", chain / "store", "--preset", "toy",
+            "--clip_pretrained", chain / "clip" / "clip.safetensors"]
+    call(sys.executable, "train_decoder.py", *data, "--unet_number", 2, "--num_steps", 6,
+         "--batch_size", 4, "--output_dir", chain / "decoder")
+    after = load_file(path)
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"1"}
+    stages = read_export_header(path, "decoder")["stages"]
+    assert [stage["step"] for stage in stages] == [4, 6]
+
+
+def test_run_folders_tell_what_happened(chain):
+    for folder in (chain / "clip", chain / "prior", chain / "decoder" / "unet1"):
+        metrics = read_metrics(folder / "metrics.jsonl")
+        assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+        assert {"samples_seen", "loss", "lr", "grad_norm", "samples_per_sec"} <= set(metrics[0])
+        assert json.loads((folder / "config.json").read_text())["config"]
+    assert list((chain / "decoder" / "unet1" / "samples").glob("*.jpg"))
+
+
+@pytest.mark.skipif(not REAL_COCO.is_dir(), reason="no genuine COCO photos beside the repository")
+def test_genuine_coco_photos(tmp_path):
+    """200 photos, 1,001 captions: every one is accounted for, losses fall, pictures come out."""
+    annotations = json.loads((REAL_COCO / "annotations" / "captions_val2014.json").read_text())
+    ids = sorted(image["id"] for image in annotations["images"])
+    data = ["--store_dir", tmp_path / "store"]
+    for split, kept in (("train", set(ids[:160])), ("val", set(ids[160:]))):
+        part = {**annotations,
+                "images": [i for i in annotations["images"] if i["id"] in kept],
+                "annotations": [a for a in annotations["annotations"] if a["image_id"] in kept]}
+        (tmp_path / f"{split}.json").write_text(json.dumps(part))
+        data += [f"--{split}_img_path", REAL_COCO / "val2014",
+                 f"--{split}_annot_path", tmp_path / f"{split}.json"]
+    run_chain(tmp_path, data, steps=40, batch_size=16)
+    told = call(sys.executable, "data/coco_prepare.py", *data, "--clip_pretrained",
+                tmp_path / "clip" / "clip.safetensors")
+    counts = [int(part) for line in told.splitlines() if " pictures, " in line
+              for part in line.replace(",", "").split() if part.isdigit()]
+    assert counts[0] + counts[2] == 200 and counts[1] + counts[3] == 1001
+    for folder in ("clip", "prior", "decoder/unet1", "decoder/unet2"):
+        losses = [row["loss"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")]
+        assert np.mean(losses[-10:]) < np.mean(losses[:10]), folder
+    render(tmp_path, tmp_path / "r", "--test_img_path", REAL_COCO / "val2014",
+           "--test_annot_path", tmp_path / "val.json", "--num_images", 6)
+    check_pictures(tmp_path / "r", 6)
