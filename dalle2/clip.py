@@ -53,8 +53,8 @@ class FrozenClip:
     @torch.no_grad()
     def embed_image(self, image):
         """image (B, 3, H, W), uint8 or float in [0, 1] -> image_embed (B, D) float32, unit norm."""
-        return F.normalize(self.model.encode_image(
-            preprocess_image(image.to(self.device), self.image_size, self.mean, self.std)).float(), dim=-1)
+        image = preprocess_image(image.to(self.device), self.image_size, self.mean, self.std)
+        return F.normalize(self.model.encode_image(image).float(), dim=-1)
 
     @torch.no_grad()
     def embed_text(self, text_tokens):

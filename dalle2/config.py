@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the flag, file or record; the exit code is 2."""
+    """Bad input. One line that names the flag, file or record; the exit code is 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

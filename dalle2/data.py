@@ -52,7 +52,8 @@ def load_captions(annot_path, img_path, split="train", max_images=None):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(annot_path)
-        records = [CaptionedImage(image_id, os.path.join(img_path, coco.imgs[image_id]["file_name"]),
+        records = [CaptionedImage(image_id,
+                                  os.path.join(img_path, coco.imgs[image_id]["file_name"]),
                                   tuple(c for a in coco.imgToAnns[image_id]
                                         if (c := a["caption"].strip())))
                    for image_id in sorted(coco.imgs)]
@@ -162,7 +163,8 @@ def prepare_embeddings(images, captions_of, clip, folder, batch_size=256, progre
             text_embed, text_encodings = (
                 np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, shape)
                 for name, shape in (("text_embed", (len(captions), embed.shape[-1])),
-                                    ("text_encodings", (int(token_start[-1]), encodings.shape[-1]))))
+                                    ("text_encodings",
+                                     (int(token_start[-1]), encodings.shape[-1]))))
         text_embed[i:i + len(batch)] = embed.half().cpu().numpy()
         kept = encodings[clip.compute_text_mask(batch.to(encodings.device))]  # (tokens, D)
         text_encodings[token_start[i]:token_start[i + len(batch)]] = kept.half().cpu().numpy()
@@ -241,10 +243,9 @@ class Store:
         self.images = np.load(self.folder / "images" / "images.npy", mmap_mode="r")[:len(rows)]
         self.caption_start = np.cumsum([0] + [len(captions) for captions in self.captions])
         if embed_folder is not None:
-            self.image_embed, self.text_tokens, self.text_embed, self.token_start, self.text_encodings = (
-                np.load(embed_folder / f"{name}.npy", mmap_mode="r")
-                for name in ("image_embed", "text_tokens", "text_embed", "token_start",
-                             "text_encodings"))
+            for name in ("image_embed", "text_tokens", "text_embed", "token_start",
+                         "text_encodings"):
+                setattr(self, name, np.load(embed_folder / f"{name}.npy", mmap_mode="r"))
 
     def __len__(self):
         return len(self.image_ids)

@@ -42,7 +42,7 @@ def make_file_stem(caption):
 
 
 def make_unique_stems(captions):
-    """`make_file_stem` of each caption, numbered where two would be the same (letter case aside)."""
+    """`make_file_stem` of each caption, numbered where two would be the same but for case."""
     seen, stems = {}, []
     for caption in captions:
         stem = candidate = make_file_stem(caption)

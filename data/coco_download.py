@@ -65,7 +65,7 @@ def _download_rest(url, part):
         with open(part, "ab" if have else "wb") as file, tqdm(
                 total=total, initial=have, desc=part.stem, unit="B", unit_scale=True,
                 disable=None) as progress:
-            for block in response.iter_content(1 << 20):
+            for block in response.iter_content(1 << 16):
                 file.write(block)
                 progress.update(len(block))
     if total and part.stat().st_size != total:

@@ -246,9 +246,11 @@ def find_objects(image, side=128, threshold=50.0):
         rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         extent = max(np.ptp(rows), np.ptp(cols)) + 1
         found = crop_to_box(mask, 32)
-        overlap = {shape: max(np.minimum(found, m).sum() / np.maximum(found, m).sum() for m in ms)
-                   for shape, ms in shape_templates().items()}
-        objects.append({"color": nearest_name(color, COLORS), "shape": max(overlap, key=overlap.get),
+        overlap = {shape: max(np.minimum(found, mask).sum() / np.maximum(found, mask).sum()
+                              for mask in masks)
+                   for shape, masks in shape_templates().items()}
+        objects.append({"color": nearest_name(color, COLORS),
+                        "shape": max(overlap, key=overlap.get),
                         "size": "small" if extent / side < 0.33 else "large",
                         "x": (cols[0] + cols[-1] + 1) / 2 / side,
                         "y": (rows[0] + rows[-1] + 1) / 2 / side})
@@ -315,7 +317,8 @@ def judge_manifests(manifests, annot_path, num_shifts=7):
     print(f"share of attributes right over {count} held-out captions")
     print(f"{'':12}" + "".join(f"{name:>{width}}" for name in columns))
     for name in (*ATTRIBUTES, "all"):
-        print(f"{name:12}" + "".join(f"{100 * c[name]:>{width - 2}.1f} %" for c in columns.values()))
+        print(f"{name:12}" + "".join(f"{100 * column[name]:>{width - 2}.1f} %"
+                                   for column in columns.values()))
     return columns
 
 

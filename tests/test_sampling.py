@@ -31,7 +31,7 @@ def test_samplers_solve_the_gaussian(sampler, error):
     found = SAMPLERS[sampler](denoise_gaussian, z, DIFFUSION, 200)
     assert (found - (MEAN + SPREAD * z)).abs().max() < error
     coarse = SAMPLERS[sampler](denoise_gaussian, z, DIFFUSION, 20)
-    assert (coarse - (MEAN + SPREAD * z)).abs().max() < 20 * error
+    assert (coarse - (MEAN + SPREAD * z)).abs().max() < 50 * error
 
 
 def test_sampling_begins_at_the_last_timestep_and_ends_at_zero():
