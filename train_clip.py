@@ -50,7 +50,8 @@ def main():
         return load_batch(train_store, indexes[rows], random)
 
     # ---- loss
-    clip_loss = ClipLoss(accelerator.process_index, accelerator.num_processes)
+    clip_loss = ClipLoss(accelerator.process_index, accelerator.num_processes,
+                         config.decorrelation_weight)
 
     def compute_loss(module, batch, random):
         return clip_loss(*module(preprocess_image(batch["image"], config.image_size),

@@ -2,7 +2,8 @@
 
 Parameters and multiply-adds (counted twice) are exact, counted on the meta device. Memory is what a
 training step holds in fp32: weights, gradients, two Adam moments and the average (20 bytes a
-parameter), and what autograd keeps for the backward pass, counted by its hooks, for the batch.
+parameter), and what autograd keeps for the backward pass, counted by its hooks, for one of the
+`gradient_accumulation_steps` parts of the batch, on a single device.
 
     python benchmarks/preset_costs.py
 """
@@ -61,14 +62,15 @@ def list_networks(name):
 
 
 def main():
-    print("| preset | network | parameters | GFLOP a sample, step | batch | TFLOP a step "
+    print("| preset | network | parameters | GFLOP a sample, step | batch, parts | TFLOP a step "
           "| GB, fp32 |\n|---|---|---|---|---|---|---|")
     for name in PRESETS:
         for label, config, parameters, flops, kept in list_networks(name):
             batch = config.train.batch_size
-            memory = 20 * parameters + kept * batch
+            parts = config.train.gradient_accumulation_steps
+            memory = 20 * parameters + kept * batch / parts
             print(f"| {name} | {label} | {parameters / 1e6:.1f} M | {3 * flops / 1e9:.2f} "
-                  f"| {batch} | {3 * flops * batch / 1e12:.2f} | {memory / 1e9:.1f} |")
+                  f"| {batch} / {parts} | {3 * flops * batch / 1e12:.2f} | {memory / 1e9:.1f} |")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ begin with its start token and hold its end token, at whose position the text em
 
 import hashlib
 import logging
+import math
 import os
 
 import open_clip
@@ -83,12 +84,16 @@ def preprocess_image(image, size, mean=CLIP_MEAN, std=CLIP_STD):
 
 def build_clip(config: ClipConfig):
     """A CLIP of one's own: open_clip's model class with a ResNet image tower, untrained."""
-    return open_clip.CLIP(
+    model = open_clip.CLIP(
         config.embed_dim,
         dict(image_size=config.image_size, width=config.vision_width, head_width=32,
              layers=config.vision_layers),
         dict(context_length=config.context_length, vocab_size=49408, width=config.embed_dim,
              heads=config.text_heads, layers=config.text_layers))
+    if config.logit_scale:
+        model.logit_scale.data.fill_(math.log(config.logit_scale))
+        model.logit_scale.requires_grad_(False)
+    return model
 
 
 def build_tokenizer(context_length):
@@ -96,15 +101,34 @@ def build_tokenizer(context_length):
 
 
 class ClipLoss(nn.Module):
-    """Symmetric contrastive loss over the pairs of all processes (Radford et al. 2021, fig. 3)."""
+    """Symmetric contrastive loss over the pairs of all processes (Radford et al. 2021, fig. 3),
+    and the decorrelation of each process's own embeddings where `decorrelation_weight` asks for it.
+    """
 
-    def __init__(self, rank, world_size):
+    def __init__(self, rank, world_size, decorrelation_weight=0.0):
         super().__init__()
+        self.decorrelation_weight = decorrelation_weight
         self.loss = open_clip.ClipLoss(local_loss=world_size > 1, gather_with_grad=world_size > 1,
                                        rank=rank, world_size=world_size)
 
     def forward(self, image_embed, text_embed, logit_scale):
-        return self.loss(image_embed, text_embed, logit_scale.clamp(max=100))
+        loss = self.loss(image_embed, text_embed, logit_scale.clamp(max=100))
+        if self.decorrelation_weight:
+            loss = loss + self.decorrelation_weight * (compute_decorrelation_loss(image_embed)
+                                                       + compute_decorrelation_loss(text_embed))
+        return loss
+
+
+def compute_decorrelation_loss(embed):
+    """How far the covariance of embed (B, D), scaled to unit variance, is from the identity: the
+    mean squared row, a scalar. Bardes et al. 2022 (arXiv 2105.04906), eq. 4, with the variances.
+
+    With a small vocabulary the contrastive loss alone settles in a dozen directions, from which
+    the decoder learns slowly.
+    """
+    embed = (embed - embed.mean(0)) * embed.shape[1] ** 0.5
+    covariance = embed.T @ embed / len(embed)  # (D, D)
+    return (covariance - torch.eye(len(covariance), device=embed.device)).square().sum(1).mean()
 
 
 def load_clip(clip_model, clip_pretrained, device="cpu"):

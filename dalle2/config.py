@@ -26,7 +26,7 @@ class TrainConfig:
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0       # gradients are clipped to this global norm
     ema_decay: float = 0.9999        # of the exported weights; warmed up over the first steps
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1   # parts that a process computes its batch in
     seed: int = 0                    # noise, timesteps, crops, captions and order follow from it
     mixed_precision: str = "auto"    # "no", "bf16", "fp16"; "auto": bf16 where CUDA has it
     save_every: int = 2500           # steps between checkpoints and exports
@@ -44,6 +44,8 @@ class ClipConfig:
     text_layers: int
     text_heads: int
     context_length: int              # L, start and end token included
+    logit_scale: float = 0.0         # fixed inverse temperature; 0: learned from 1 / 0.07
+    decorrelation_weight: float = 0.0   # of dalle2.clip.compute_decorrelation_loss; 0 is none
     train: TrainConfig
 
 
@@ -114,9 +116,9 @@ _BASE_CLIP = ClipConfig(
 
 _TOY_CLIP = ClipConfig(
     embed_dim=128, image_size=48, vision_width=16, vision_layers=(1, 1, 1, 1), text_layers=2,
-    text_heads=4, context_length=26,
-    train=TrainConfig(num_steps=260, batch_size=256, lr=4e-3, warmup_steps=30, weight_decay=0.05,
-                      adam_beta2=0.98, ema_decay=0.97, save_every=130, validate_every=65))
+    text_heads=4, context_length=26, logit_scale=10.0, decorrelation_weight=0.03,
+    train=TrainConfig(num_steps=280, batch_size=256, lr=3e-3, warmup_steps=30, weight_decay=0.05,
+                      adam_beta2=0.98, ema_decay=0.97, save_every=140, validate_every=70))
 
 _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, warmup_steps=50,
                          weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
@@ -133,7 +135,7 @@ PRESETS = {
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=20, cond_scale=2.0,
-                       train=replace(_TOY_TRAIN, num_steps=1900, batch_size=32, lr=2e-3)),
+                       train=replace(_TOY_TRAIN, num_steps=2300, batch_size=32, lr=2e-3)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
@@ -145,11 +147,12 @@ PRESETS = {
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=6, heads=12, max_text_len=48,
                           train=TrainConfig(num_steps=100_000, batch_size=256, lr=1.1e-4,
-                                            weight_decay=6e-2)),
+                                            weight_decay=6e-2, gradient_accumulation_steps=4)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=96, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
-                       train=TrainConfig(num_steps=200_000, batch_size=128, lr=1.2e-4)),
+                       train=TrainConfig(num_steps=200_000, batch_size=128, lr=1.2e-4,
+                                         gradient_accumulation_steps=2)),
             UnetConfig(image_size=256, dim=32, dim_mults=(1, 2, 4, 8), crop_size=64,
                        train=TrainConfig(num_steps=100_000, batch_size=128, lr=1.2e-4))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3
@@ -157,11 +160,12 @@ PRESETS = {
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=48,
                           train=TrainConfig(num_steps=150_000, batch_size=1024, lr=1.1e-4,
-                                            weight_decay=6e-2)),
+                                            weight_decay=6e-2, gradient_accumulation_steps=8)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=128, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
-                       train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4)),
+                       train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4,
+                                         gradient_accumulation_steps=2)),
             UnetConfig(image_size=256, dim=64, dim_mults=(1, 2, 4, 8), crop_size=64,
                        train=TrainConfig(num_steps=150_000, batch_size=512, lr=1.2e-4))))),
     # the sizes of the older repositories, to compare with them
@@ -185,8 +189,7 @@ PRESETS = {
 _CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
             "mixed_precision": ("auto", "no", "bf16", "fp16")}
 _MAY_BE_ZERO = {"weight_decay", "warmup_steps", "seed", "init_conv_kernel_size", "min_snr_gamma",
-                "num_resnet_blocks",
-                "crop_size", "lowres_noise_max_level", "lowres_noise_level",
+                "num_resnet_blocks", "logit_scale", "decorrelation_weight", "crop_size", "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}
 
 

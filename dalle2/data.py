@@ -145,7 +145,7 @@ def prepare_embeddings(images, captions_of, clip, folder, batch_size=256, progre
     image_embed (N, D), text_tokens (M, L), text_embed (M, D) and text_encodings (sum of caption
     lengths, D), float16, with the lengths as token_start (M + 1,)."""
     captions = [caption for group in captions_of for caption in group]
-    image_embed = [clip.embed_image(torch.from_numpy(images[i:i + batch_size])).half().cpu()
+    image_embed = [clip.embed_image(torch.from_numpy(images[i:i + batch_size].copy())).half().cpu()
                    for i in tqdm(range(0, len(images), batch_size), desc="embedding pictures",
                                  unit=f"x{batch_size}", disable=None if progress else True)]
     np.save(folder / "image_embed.npy", torch.cat(image_embed).numpy())
@@ -274,7 +274,7 @@ class Store:
             small = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8,
                                               (len(self), 3, size, size))
             for i in range(0, len(self), 256):
-                small[i:i + 256] = resize(torch.from_numpy(self.images[i:i + 256]), size).numpy()
+                small[i:i + 256] = resize(torch.from_numpy(self.images[i:i + 256].copy()), size).numpy()
             small.flush()
         build_once(folder, {"size": size, "num_images": len(self)}, build)
         return np.load(folder / "images.npy", mmap_mode="r")

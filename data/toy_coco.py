@@ -4,9 +4,10 @@
     python data/toy_coco.py --judge result/manifest.json        # score rendered pictures
 
 Every picture shows one or two objects, each with a color, a shape, a size and a place, on a plain
-background. The held-out rule: a train picture never shows an object whose color and shape stand at
-the same position of `COLORS` and `SHAPES` (red circle, green square, blue triangle, yellow star,
-purple ring); every val picture shows at least one such object.
+background. The held-out rule: number the words of `COLORS`, `SHAPES`, `SIZES`, `PLACES` and
+`BACKGROUNDS` from 0; a train picture never shows an object whose five numbers add up to a multiple
+of 4 (a small red circle on the left of white: 0; a large green circle in the center of black: 8 ...);
+every val picture shows at least one such object.
 """
 
 import argparse
@@ -26,10 +27,10 @@ from tqdm import tqdm
 
 IMAGE_SIZE = 256
 COLORS = {"red": (220, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 220),
-          "yellow": (245, 215, 40), "purple": (150, 60, 190)}
+          "yellow": (245, 215, 40)}
 SHAPES = {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",),
-          "star": ("star",), "ring": ("ring", "hoop")}
-SIZES = {"small": (0.25, 0.28), "large": (0.36, 0.40)}  # side of the bounding box / image side
+          "star": ("star",)}
+SIZES = {"small": (0.28, 0.31), "large": (0.42, 0.46)}  # side of the bounding box / image side
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 PLACES = {"left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75),
           "center": (0.5, 0.5)}  # (x, y) / image side
@@ -44,9 +45,12 @@ RELATIONS = {("left", "right"): ("to the left of", "to the right of"),
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "place")
 
 
-def is_held_out(color, shape):
-    """Whether (color, shape) is one of the five pairs that only val pictures show."""
-    return list(COLORS).index(color) == list(SHAPES).index(shape)
+def is_held_out(item, background):
+    """Whether only val pictures show an object of this description: 160 of 640."""
+    numbers = (list(COLORS).index(item["color"]), list(SHAPES).index(item["shape"]),
+               list(SIZES).index(item["size"]), list(PLACES).index(item["place"]),
+               list(BACKGROUNDS).index(background))
+    return sum(numbers) % 4 == 0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -55,16 +59,17 @@ def is_held_out(color, shape):
 
 def draw_attributes(rng, held_out):
     """One scene: {"background": str, "objects": [{"color", "shape", "size", "place"}, ...]}."""
-    places = rng.choice([[rng.choice(list(PLACES))], list(rng.choice(list(RELATIONS)))])
     while True:
+        background = rng.choice(list(BACKGROUNDS))
+        places = rng.choice([[rng.choice(list(PLACES))], list(rng.choice(list(RELATIONS)))])
         objects = [{"color": rng.choice(list(COLORS)), "shape": rng.choice(list(SHAPES)),
                     "size": rng.choice(list(SIZES)), "place": place} for place in places]
-        if any(is_held_out(o["color"], o["shape"]) for o in objects) == held_out:
-            return {"background": rng.choice(list(BACKGROUNDS)), "objects": objects}
+        if held_out == any(is_held_out(item, background) for item in objects):
+            return {"background": background, "objects": objects}
 
 
 def shape_polygon(shape):
-    """Corner points of a shape in the unit box [-1, 1]^2, or None for a circle or a ring."""
+    """Corner points of a shape in the unit box [-1, 1]^2, or None for a circle."""
     if shape == "square":
         return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
     if shape == "triangle":
@@ -77,7 +82,7 @@ def shape_polygon(shape):
     return None
 
 
-def draw_shape(draw, shape, x, y, side, angle, fill, hole):
+def draw_shape(draw, shape, x, y, side, angle, fill):
     """Draws `shape` with its bounding box of `side` pixels centred on (x, y), turned by `angle`."""
     r = side / 2
     points = shape_polygon(shape)
@@ -87,22 +92,19 @@ def draw_shape(draw, shape, x, y, side, angle, fill, hole):
                      fill=fill)
         return
     draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
-    if shape == "ring":
-        draw.ellipse([x - 0.55 * r, y - 0.55 * r, x + 0.55 * r, y + 0.55 * r], fill=hole)
 
 
 def draw_image(attributes, rng, scale=2):
     """The scene as a 256x256 PIL image; position, size, angle and color jitter come from `rng`."""
     side = IMAGE_SIZE * scale
     background = jitter_color(BACKGROUNDS[attributes["background"]], rng, 6)
-    mask_color = (0, 0, 0, 0)
-    layer = Image.new("RGBA", (side, side), mask_color)
+    layer = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     draw = ImageDraw.Draw(layer)
     for item in attributes["objects"]:
         x, y = (side * (v + rng.uniform(-0.02, 0.02)) for v in PLACES[item["place"]])
         fill = (*jitter_color(COLORS[item["color"]], rng, 12), 255)
         draw_shape(draw, item["shape"], x, y, side * rng.uniform(*SIZES[item["size"]]),
-                   math.radians(rng.uniform(-4, 4)), fill, mask_color)
+                   math.radians(rng.uniform(-4, 4)), fill)
     ramp = np.linspace(-1, 1, IMAGE_SIZE)[:, None, None] * rng.uniform(-8, 8)  # (H, 1, 1)
     canvas = np.clip(np.array(background)[None, None] + ramp, 0, 255)  # (H, 1, 3)
     canvas = np.broadcast_to(canvas, (IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.uint8)
@@ -205,7 +207,7 @@ def shape_templates(side=32):
         masks = []
         for degrees in (-4, 0, 4):
             canvas = Image.new("L", (256, 256), 0)
-            draw_shape(ImageDraw.Draw(canvas), shape, 128, 128, 160, math.radians(degrees), 255, 0)
+            draw_shape(ImageDraw.Draw(canvas), shape, 128, 128, 160, math.radians(degrees), 255)
             masks.append(crop_to_box(np.asarray(canvas) > 127, side))
         templates[shape] = np.stack(masks)
     return templates
@@ -251,7 +253,7 @@ def find_objects(image, side=128, threshold=50.0):
                    for shape, masks in shape_templates().items()}
         objects.append({"color": nearest_name(color, COLORS),
                         "shape": max(overlap, key=overlap.get),
-                        "size": "small" if extent / side < 0.33 else "large",
+                        "size": "small" if extent / side < 0.365 else "large",
                         "x": (cols[0] + cols[-1] + 1) / 2 / side,
                         "y": (rows[0] + rows[-1] + 1) / 2 / side})
     return nearest_name(background, BACKGROUNDS), objects
@@ -330,8 +332,8 @@ def map_check(pictures, wanted):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="data/toy_coco", help="where the data set goes")
-    parser.add_argument("--num_train", type=int, default=8000, help="train pictures")
-    parser.add_argument("--num_val", type=int, default=600, help="val pictures (held-out pairs)")
+    parser.add_argument("--num_train", type=int, default=12000, help="train pictures")
+    parser.add_argument("--num_val", type=int, default=600, help="val pictures (held-out combinations)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_workers", type=int, default=os.cpu_count())
     parser.add_argument("--judge", nargs="+", metavar="MANIFEST",

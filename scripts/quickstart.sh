@@ -22,7 +22,7 @@ stage() {
 stage "1/7 environment: torch and the other packages" 13
 need requirements.txt
 
-stage "2/7 data: 8,000 pictures to train on, 600 with held-out combinations" 13
+stage "2/7 data: 12,000 pictures to train on, 600 with held-out combinations" 13
 "$PY" data/toy_coco.py --output_dir "$toy" --seed "$seed"
 set -- --preset toy --seed "$seed" --store_dir "$out/store" \
     --train_img_path "$toy/train" --train_annot_path "$toy/captions_train.json" \
