@@ -134,14 +134,14 @@ PRESETS = {
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, beta_schedule="linear",
-                       min_snr_gamma=0.0, sample_timesteps=20, cond_scale=2.0,
+                       min_snr_gamma=0.0, sample_timesteps=20, cond_scale=1.5,
                        train=replace(_TOY_TRAIN, num_steps=2300, batch_size=32, lr=2e-3)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
-                       sample_timesteps=5,
-                       train=replace(_TOY_TRAIN, num_steps=600, batch_size=16, lr=2e-3))))),
+                       sample_timesteps=2,
+                       train=replace(_TOY_TRAIN, num_steps=400, batch_size=16, lr=2e-3))))),
     # one GPU of 12 GB
     "small": Preset(
         clip=_BASE_CLIP,
@@ -189,7 +189,8 @@ PRESETS = {
 _CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
             "mixed_precision": ("auto", "no", "bf16", "fp16")}
 _MAY_BE_ZERO = {"weight_decay", "warmup_steps", "seed", "init_conv_kernel_size", "min_snr_gamma",
-                "num_resnet_blocks", "logit_scale", "decorrelation_weight", "crop_size", "lowres_noise_max_level", "lowres_noise_level",
+                "num_resnet_blocks", "logit_scale", "decorrelation_weight", "crop_size",
+                "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}
 
 

@@ -274,7 +274,8 @@ class Store:
             small = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8,
                                               (len(self), 3, size, size))
             for i in range(0, len(self), 256):
-                small[i:i + 256] = resize(torch.from_numpy(self.images[i:i + 256].copy()), size).numpy()
+                images = torch.from_numpy(self.images[i:i + 256].copy())
+                small[i:i + 256] = resize(images, size).numpy()
             small.flush()
         build_once(folder, {"size": size, "num_images": len(self)}, build)
         return np.load(folder / "images.npy", mmap_mode="r")

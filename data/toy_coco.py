@@ -6,8 +6,8 @@
 Every picture shows one or two objects, each with a color, a shape, a size and a place, on a plain
 background. The held-out rule: number the words of `COLORS`, `SHAPES`, `SIZES`, `PLACES` and
 `BACKGROUNDS` from 0; a train picture never shows an object whose five numbers add up to a multiple
-of 4 (a small red circle on the left of white: 0; a large green circle in the center of black: 8 ...);
-every val picture shows at least one such object.
+of 4 (a small red circle on the left of white: 0; a large green circle in the center of black: 8;
+...); every val picture shows at least one such object.
 """
 
 import argparse
@@ -333,7 +333,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="data/toy_coco", help="where the data set goes")
     parser.add_argument("--num_train", type=int, default=12000, help="train pictures")
-    parser.add_argument("--num_val", type=int, default=600, help="val pictures (held-out combinations)")
+    parser.add_argument("--num_val", type=int, default=600,
+                        help="val pictures (held-out combinations)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_workers", type=int, default=os.cpu_count())
     parser.add_argument("--judge", nargs="+", metavar="MANIFEST",

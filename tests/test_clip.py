@@ -2,7 +2,14 @@ import open_clip
 import pytest
 import torch
 
-from dalle2.clip import FrozenClip, compute_fingerprint, load_clip, preprocess_image
+from dalle2.clip import (
+    ClipLoss,
+    FrozenClip,
+    compute_decorrelation_loss,
+    compute_fingerprint,
+    load_clip,
+    preprocess_image,
+)
 from dalle2.config import UserError
 
 START, END = 49406, 49407
@@ -63,6 +70,21 @@ def test_models_of_open_clip_give_their_own_numbers():
         wanted = model.encode_text(text_tokens, normalize=True)
     torch.testing.assert_close(clip.embed_text(text_tokens)[0], wanted)
     assert clip.embed_dim == 1024 and clip.text_width == 512
+
+
+def test_decorrelation_asks_for_many_directions():
+    spread = torch.nn.functional.normalize(torch.randn(4096, 16), dim=-1)
+    flat = torch.nn.functional.normalize(torch.randn(4096, 4) @ torch.randn(4, 16), dim=-1)
+    assert compute_decorrelation_loss(spread) < 0.05
+    assert compute_decorrelation_loss(flat) > 2  # 4 of 16 directions, of variance 4: 3 at least
+    scale = torch.tensor(10.0)
+    plain, weighted = (ClipLoss(0, 1, weight)(flat, flat, scale) for weight in (0.0, 0.5))
+    torch.testing.assert_close(weighted - plain, compute_decorrelation_loss(flat))
+
+
+def test_logit_scale_of_the_preset_stays(clip):
+    assert abs(clip.model.logit_scale.exp().item() - 10) < 1e-3
+    assert not clip.model.logit_scale.requires_grad
 
 
 def test_fingerprint_names_the_weights(clip, clip_path):

@@ -34,11 +34,13 @@ def test_judge_is_at_chance_for_wrong_captions(val):
     results = [r for k in range(1, 20)
                for r in toy_coco.map_check(pictures, wanted[k:] + wanted[:k])]
     accuracy = toy_coco.compute_accuracy(results)
+    for name, values in (("background", [w["background"] for w in wanted]),
+                         ("count", [len(w["objects"]) for w in wanted])):
+        shares = np.unique(values, return_counts=True)[1] / len(values)
+        assert abs(accuracy[name] - (shares ** 2).sum()) < 0.05, name
     # one object is sometimes judged against nothing, where two were described
-    assert abs(accuracy["background"] - 1 / 5) < 0.05
-    assert abs(accuracy["count"] - 1 / 2) < 0.05
-    for name, chance in (("color", 1 / 6), ("shape", 1 / 6), ("size", 1 / 2)):
-        assert chance * 0.7 < accuracy[name] < chance + 0.05, (name, accuracy[name])
+    for name, chance in (("color", 1 / 4), ("shape", 1 / 4), ("size", 1 / 2)):
+        assert chance * 0.65 < accuracy[name] < chance + 0.05, (name, accuracy[name])
 
 
 def test_judge_sees_each_attribute_change(val):
@@ -58,14 +60,14 @@ def test_blank_and_noise_pictures_are_wrong(val):
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     for array in (np.full((256, 256, 3), 128, np.uint8), noise):
         accuracy = toy_coco.compute_accuracy(toy_coco.map_check([array] * len(wanted), wanted))
-        assert accuracy["color"] < 0.25 and accuracy["shape"] < 0.25 and accuracy["count"] < 0.6
+        assert accuracy["color"] < 0.3 and accuracy["shape"] < 0.3 and accuracy["count"] < 0.6
 
 
 def test_val_holds_what_train_never_shows(toy):
     for split, held_out in (("train", False), ("val", True)):
         for attributes in toy_coco.load_attributes(toy / f"captions_{split}.json").values():
-            pairs = [toy_coco.is_held_out(o["color"], o["shape"]) for o in attributes["objects"]]
-            assert any(pairs) == held_out
+            assert held_out == any(toy_coco.is_held_out(item, attributes["background"])
+                                   for item in attributes["objects"])
 
 
 def test_captions_are_coco_and_say_everything(toy):
