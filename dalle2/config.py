@@ -117,8 +117,8 @@ _BASE_CLIP = ClipConfig(
 _TOY_CLIP = ClipConfig(
     embed_dim=128, image_size=48, vision_width=16, vision_layers=(1, 1, 1, 1), text_layers=2,
     text_heads=4, context_length=26, logit_scale=10.0, decorrelation_weight=0.03,
-    train=TrainConfig(num_steps=280, batch_size=256, lr=3e-3, warmup_steps=30, weight_decay=0.05,
-                      adam_beta2=0.98, ema_decay=0.97, save_every=140, validate_every=70))
+    train=TrainConfig(num_steps=260, batch_size=256, lr=3e-3, warmup_steps=30, weight_decay=0.05,
+                      adam_beta2=0.98, ema_decay=0.97, save_every=130, validate_every=65))
 
 _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, warmup_steps=50,
                          weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
@@ -129,19 +129,19 @@ PRESETS = {
     "toy": Preset(
         clip=_TOY_CLIP,
         prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26,
-                          train=replace(_TOY_TRAIN, num_steps=280, batch_size=128)),
+                          train=replace(_TOY_TRAIN, num_steps=240, batch_size=128)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=20, cond_scale=1.5,
-                       train=replace(_TOY_TRAIN, num_steps=2300, batch_size=32, lr=2e-3)),
+                       train=replace(_TOY_TRAIN, num_steps=1900, batch_size=32, lr=2e-3)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
                        sample_timesteps=2,
-                       train=replace(_TOY_TRAIN, num_steps=400, batch_size=16, lr=2e-3))))),
+                       train=replace(_TOY_TRAIN, num_steps=300, batch_size=16, lr=2e-3))))),
     # one GPU of 12 GB
     "small": Preset(
         clip=_BASE_CLIP,
