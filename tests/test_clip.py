@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import open_clip
 import pytest
 import torch
@@ -5,12 +7,13 @@ import torch
 from dalle2.clip import (
     ClipLoss,
     FrozenClip,
+    build_clip,
     compute_decorrelation_loss,
     compute_fingerprint,
     load_clip,
     preprocess_image,
 )
-from dalle2.config import UserError
+from dalle2.config import PRESETS, UserError
 
 START, END = 49406, 49407
 CAPTIONS = ["a red bus", "", "wow!!! " * 60, "ünïcode ☃ 雪"]
@@ -82,9 +85,11 @@ def test_decorrelation_asks_for_many_directions():
     torch.testing.assert_close(weighted - plain, compute_decorrelation_loss(flat))
 
 
-def test_logit_scale_of_the_preset_stays(clip):
-    assert abs(clip.model.logit_scale.exp().item() - 10) < 1e-3
-    assert not clip.model.logit_scale.requires_grad
+def test_logit_scale_is_fixed_where_the_config_says_so():
+    config = PRESETS["toy"].clip
+    fixed, learned = build_clip(config), build_clip(replace(config, logit_scale=0.0))
+    assert abs(fixed.logit_scale.exp().item() - 10) < 1e-3 and not fixed.logit_scale.requires_grad
+    assert learned.logit_scale.requires_grad
 
 
 def test_fingerprint_names_the_weights(clip, clip_path):
