@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from dalle2 import cli
-from dalle2.checkpoint import replace_file
 from dalle2.clip import compute_fingerprint, load_clip
 from dalle2.config import UserError
 from dalle2.data import load_captions, load_image
+from dalle2.files import replace_file
 from dalle2.gallery import write_gallery
 from dalle2.images import make_unique_stems, save_jpeg
 from dalle2.models import load_decoder, load_prior

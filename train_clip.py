@@ -50,8 +50,7 @@ def main():
         return load_batch(train_store, indexes[rows], random)
 
     # ---- loss
-    clip_loss = ClipLoss(accelerator.process_index, accelerator.num_processes,
-                         config.decorrelation_weight)
+    clip_loss = ClipLoss(accelerator.process_index, accelerator.num_processes)
 
     def compute_loss(module, batch, random):
         return clip_loss(*module(preprocess_image(batch["image"], config.image_size),
@@ -59,24 +58,27 @@ def main():
 
     # ---- validation: retrieval between val pictures and one caption of each
     @torch.no_grad()
-    def validate(module):
+    def validate(module, brief):
         frozen = FrozenClip(module, tokenizer)
-        indexes = np.arange(len(val_store))
-        batch = load_batch(val_store, indexes,
+        batch = load_batch(val_store, np.arange(len(val_store)),
                            BatchRandom("validate", batch_size=len(val_store)))
         image_embed = torch.cat([frozen.embed_image(x) for x in batch["image"].split(256)])
         text_embed = torch.cat([frozen.embed_text(x)[0] for x in batch["text_tokens"].split(256)])
+        loss = clip_loss.loss(image_embed, text_embed, module.logit_scale.exp()).item()
+        if brief:
+            return {"val_loss": loss}
         matching = F.cosine_similarity(image_embed, text_embed).mean().item()
-        return {"val_cosine": matching, **compute_recall(text_embed, image_embed, (1, 5))}
+        return {"val_loss": loss, "val_cosine": matching,
+                **compute_recall(text_embed, image_embed, (1, 5, 10))}
 
-    def export(state, step):
-        save_export(Path(args.output_dir) / "clip.safetensors", "clip",
+    def export(state, step, best):
+        save_export(Path(args.output_dir) / f"clip{'_best' if best else ''}.safetensors", "clip",
                     {"config": config_to_dict(config), "step": step}, state)
 
     train(module=model, compute_loss=compute_loss, draw_batch=draw_batch,
           train_config=config.train, run_dir=args.output_dir,
           header={"config": config_to_dict(config)}, accelerator=accelerator, export=export,
-          validate=val_store and validate)
+          validate=val_store and validate, log_with=args.log_with)
 
 
 if __name__ == "__main__":

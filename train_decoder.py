@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dalle2 import cli
@@ -9,16 +10,26 @@ from dalle2.checkpoint import load_export, save_export
 from dalle2.config import PRESETS, DecoderConfig, UserError, config_to_dict
 from dalle2.data import draw_indexes, load_captions, resize
 from dalle2.images import save_grid
-from dalle2.models import build_unet, load_decoder
+from dalle2.metrics import compute_fixed_timesteps, summarize_by_quartile
+from dalle2.models import build_unet, load_decoder, load_prior
 from dalle2.rng import BatchRandom
-from dalle2.sampling import build_diffusion, noise_lowres, sample_images
+from dalle2.sampling import (
+    build_diffusion,
+    noise_lowres,
+    sample_image_embed,
+    sample_images,
+)
 from dalle2.train_loop import train
+
+NUM_SAMPLES = 8  # pictures a row of the sample grids
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
     parser.add_argument("--unet_number", type=int, default=0,
                         help="train this stage alone, 1 is the first; 0: every stage in turn")
+    parser.add_argument("--prior_ckpt", help="what train_prior.py exported: the sample pictures "
+                        "then show its embeddings as well")
     cli.add_data_flags(parser)
     cli.add_clip_flags(parser)
     cli.add_train_flags(parser, "output/decoder")
@@ -47,11 +58,14 @@ def main():
     stores = cli.open_stores(args, clip)
     header = {"embed_dim": clip.load().embed_dim, "clip": clip.describe(args.output_dir)}
     accelerator = cli.build_accelerator(config.unets[numbers[0] - 1].train.mixed_precision)
+    sample_embeds = collect_sample_embeds(stores[1], args.prior_ckpt, clip.fingerprint,
+                                          accelerator.device)
     for number in numbers:
-        train_unet(number, config, stores, header, args.output_dir, accelerator)
+        train_unet(number, config, stores, sample_embeds, header, args.output_dir, accelerator,
+                   args.log_with)
 
 
-def train_unet(number, config, stores, header, output_dir, accelerator):
+def train_unet(number, config, stores, sample_embeds, header, output_dir, accelerator, log_with):
     """Trains stage `number` of the cascade; `decoder.safetensors` gains or renews that stage."""
     unet_config = config.unets[number - 1]
     lowres_size = config.unets[number - 2].image_size if number > 1 else 0
@@ -62,20 +76,21 @@ def train_unet(number, config, stores, header, output_dir, accelerator):
     train_store, val_store = stores
 
     # ---- data: uint8 pictures of this stage's own size, and of the stage before it
-    pictures = {store: load_pictures(store, unet_config.image_size) for store in stores if store}
-    lowres_pictures = {store: load_pictures(store, lowres_size)
+    pictures = {store: load_pictures(store, unet_config.image_size, accelerator.device)
+                for store in stores if store}
+    lowres_pictures = {store: load_pictures(store, lowres_size, accelerator.device)
                        for store in stores if store and lowres_size}
 
     def load_batch(store, indexes, random):
         if not lowres_size:
-            return {"image": torch.from_numpy(pictures[store][indexes]),
+            return {"image": take(pictures[store], indexes),
                     "image_embed": torch.from_numpy(store.image_embed[indexes]).float()}
         room = unet_config.image_size - crop_size + 1
         corners = (random.rand(2) * room).long().tolist()
-        lowres = torch.from_numpy(lowres_pictures[store][indexes])
+        lowres = take(lowres_pictures[store], indexes)
         lowres = resize(lowres.float() / 255, unet_config.image_size)  # (B, 3, H, W), as sampled
         windows = [(..., slice(y, y + crop_size), slice(x, x + crop_size)) for y, x in corners]
-        return {"image": torch.stack([torch.from_numpy(pictures[store][i][window].copy())
+        return {"image": torch.stack([take(pictures[store], i)[window]
                                       for i, window in zip(indexes, windows)]),
                 "lowres_cond_img": torch.stack([image[window]
                                                 for image, window in zip(lowres, windows)])}
@@ -88,7 +103,8 @@ def train_unet(number, config, stores, header, output_dir, accelerator):
     # ---- loss
     def compute_loss(module, batch, random):
         x_start = batch["image"].float() / 127.5 - 1
-        t, noise = random.randint(unet_config.timesteps), random.randn(*x_start.shape[1:])
+        t = batch["t"] if "t" in batch else random.randint(unet_config.timesteps)
+        noise = random.randn(*x_start.shape[1:])
         if not lowres_size:
             drop = (random.rand() < unet_config.image_cond_drop_prob).float()  # (B,)
             condition = dict(image_embed=batch["image_embed"], image_cond_drop_prob=drop)
@@ -100,35 +116,38 @@ def train_unet(number, config, stores, header, output_dir, accelerator):
         return diffusion.loss(lambda x_t, t: module(x_t, t, **condition), x_start, t, noise)
 
     # ---- validation: fixed crops, noise and timesteps
-    def validate(module):
-        losses = []
-        for start in range(0, len(val_store), unet_config.train.batch_size):
-            indexes = list(range(start, min(len(val_store), start + unet_config.train.batch_size)))
+    @torch.no_grad()
+    def validate(module, brief):
+        losses, count = [], len(val_store)
+        fixed_t = compute_fixed_timesteps(count, unet_config.timesteps)
+        rows = unet_config.train.batch_size // unet_config.train.gradient_accumulation_steps
+        for start in range(0, count, rows):
+            indexes = list(range(start, min(count, start + rows)))
             key = dict(batch_size=len(indexes))
             batch = load_batch(val_store, indexes, BatchRandom("validate", start, **key))
+            batch["t"] = fixed_t[indexes]
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
             fixed = BatchRandom("validate", start, device=accelerator.device, **key)
-            with torch.no_grad(), accelerator.autocast():
+            with accelerator.autocast():
                 losses.append(compute_loss(module, batch, fixed))
-        return {"val_loss": torch.cat(losses).mean().item()}
+        return summarize_by_quartile(torch.cat(losses).cpu(), fixed_t, unet_config.timesteps)
 
     def sample(module, path):
-        """Photos above, below what the stages so far make of their embeddings."""
-        indexes = list(range(min(8, len(val_store))))
-        photos = torch.from_numpy(val_store.images[indexes]).float() / 255
-        embeds = torch.from_numpy(val_store.image_embed[indexes]).float().to(accelerator.device)
+        """A row of photos; below, what the stages so far make of each kind of embedding."""
         stages, configs, _ = load_decoder(Path(output_dir) / "decoder.safetensors", "--output_dir")
         if set(range(1, number)) - set(stages):
             return  # a stage before this one is not trained yet
         stages = [*(stages[n].to(accelerator.device) for n in range(1, number)), module]
-        with accelerator.autocast():
-            images = sample_images(stages, [configs[n] for n in range(1, number + 1)], embeds,
-                                   indexes)
-        save_grid(torch.cat([resize(photos, unet_config.image_size), images.float().cpu()]), path,
-                  columns=len(indexes))
+        rows = [torch.from_numpy(val_store.images[range(NUM_SAMPLES)[:len(val_store)]]) / 255]
+        for embeds in sample_embeds:
+            with accelerator.autocast():
+                rows.append(sample_images(stages, [configs[n] for n in range(1, number + 1)],
+                                          embeds, range(len(embeds))).float().cpu())
+        save_grid(torch.cat([resize(row, unet_config.image_size) for row in rows]), path,
+                  columns=len(rows[0]))
 
-    def export(state, step):
-        path = Path(output_dir) / "decoder.safetensors"
+    def export(state, step, best):
+        path = Path(output_dir) / f"decoder{'_best' if best else ''}.safetensors"
         stages, weights = [None] * len(config.unets), {}
         if path.exists():
             before, weights = load_export(path, "decoder", "--output_dir")
@@ -143,12 +162,42 @@ def train_unet(number, config, stores, header, output_dir, accelerator):
           train_config=unet_config.train, run_dir=Path(output_dir) / f"unet{number}",
           header={**header, "config": config_to_dict(unet_config), "lowres_size": lowres_size},
           accelerator=accelerator, export=export,
-          validate=val_store and validate, sample=val_store and sample)
+          validate=val_store and validate, sample=val_store and sample, log_with=log_with)
 
 
-def load_pictures(store, size):
-    """(N, 3, size, size) uint8 of a store, memory-mapped."""
-    return store.images if size == store.images.shape[-1] else store.load_small_images(size)
+def collect_sample_embeds(val_store, prior_ckpt, fingerprint, device):
+    """What the sample pictures are drawn from: image embeddings of the first validation pictures,
+    true ones, text embeddings in their place, and, with a prior, what it makes of the captions."""
+    if val_store is None:
+        return []
+    rows = val_store.caption_start[:-1][:NUM_SAMPLES]  # the first caption of each
+    text_embed = torch.from_numpy(val_store.text_embed[rows]).float().to(device)
+    embeds = [torch.from_numpy(val_store.image_embed[:NUM_SAMPLES]).float().to(device), text_embed]
+    if prior_ckpt:
+        prior, config, header = load_prior(prior_ckpt)
+        if header["clip"]["fingerprint"] != fingerprint:
+            raise UserError(f"--prior_ckpt: {prior_ckpt} was trained with another CLIP")
+        text_encodings = val_store.load_text_encodings(rows, config.max_text_len).to(device)
+        embeds.append(sample_image_embed(prior.to(device), config, text_embed, text_encodings,
+                                         range(len(rows))))
+    return embeds
+
+
+def load_pictures(store, size, device):
+    """(N, 3, size, size) uint8 of a store: a tensor on a GPU where it takes at most a quarter of
+    its free memory, otherwise memory-mapped."""
+    if size == store.images.shape[-1]:
+        return store.images
+    pictures = store.load_small_images(size)
+    if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return torch.from_numpy(pictures[:]).to(device)
+    return pictures
+
+
+def take(pictures, indexes):
+    """Pictures by index, as a tensor."""
+    taken = pictures[indexes]
+    return taken if torch.is_tensor(taken) else torch.from_numpy(np.array(taken))
 
 
 if __name__ == "__main__":

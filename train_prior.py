@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +11,13 @@ from dalle2.checkpoint import save_export
 from dalle2.config import PRESETS, UserError, config_to_dict
 from dalle2.data import draw_indexes, load_captions
 from dalle2.diffusion import Diffusion
-from dalle2.models import build_prior
+from dalle2.files import replace_file
+from dalle2.metrics import (
+    compute_fixed_timesteps,
+    compute_prior_scores,
+    summarize_by_quartile,
+)
+from dalle2.models import build_prior, load_prior
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed
 from dalle2.train_loop import train
@@ -61,7 +68,8 @@ def main():
 
     def compute_loss(module, batch, random):
         x_start = batch["image_embed"] * embed_dim ** 0.5
-        t, noise = random.randint(config.timesteps), random.randn(embed_dim)
+        t = batch["t"] if "t" in batch else random.randint(config.timesteps)
+        noise = random.randn(embed_dim)
         drop = (random.rand() < config.text_cond_drop_prob).float()  # (B,)
         return diffusion.loss(
             lambda x_t, t: module(x_t, t, text_embed=batch["text_embed"],
@@ -70,25 +78,75 @@ def main():
             x_start, t, noise)
 
     # ---- validation: fixed captions, noise and timesteps
-    def validate(module):
-        random = BatchRandom("validate", batch_size=len(val_store))
-        batch = load_batch(val_store, list(range(len(val_store))), random)
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-        fixed = BatchRandom("validate", batch_size=len(val_store), device=accelerator.device)
-        with torch.no_grad(), accelerator.autocast():
-            loss = compute_loss(module, batch, fixed).mean()
-            sampled = sample_image_embed(module, config, batch["text_embed"],
-                                         batch["text_encodings"], range(len(val_store)))
-        cosine = F.cosine_similarity(sampled.float(), batch["image_embed"]).mean()
-        return {"val_loss": loss.item(), "val_cosine": cosine.item()}
+    def load_val_batch():
+        count = len(val_store)
+        batch = load_batch(val_store, list(range(count)), BatchRandom("validate", batch_size=count))
+        batch["t"] = compute_fixed_timesteps(count, config.timesteps)
+        return {name: value.to(accelerator.device) for name, value in batch.items()}
 
-    def export(state, step):
-        save_export(Path(args.output_dir) / "prior.safetensors", "prior", {**header, "step": step},
-                    {f"net.{name}": value for name, value in state.items()})
+    @torch.no_grad()
+    def sample(module, batch):
+        with accelerator.autocast():
+            return sample_image_embed(module, config, batch["text_embed"], batch["text_encodings"],
+                                      range(len(val_store))).float()
+
+    @torch.no_grad()
+    def validate(module, brief):
+        batch = load_val_batch()
+        fixed = BatchRandom("validate", batch_size=len(val_store), device=accelerator.device)
+        with accelerator.autocast():
+            losses = compute_loss(module, batch, fixed)
+        row = summarize_by_quartile(losses, batch["t"], config.timesteps)
+        return row if brief else row | compute_prior_scores(
+            sample(module, batch), batch["image_embed"], batch["text_embed"])
+
+    def export(state, step, best):
+        save_export(Path(args.output_dir) / f"prior{'_best' if best else ''}.safetensors", "prior",
+                    {**header, "step": step}, {f"net.{n}": value for n, value in state.items()})
 
     train(module=prior, compute_loss=compute_loss, draw_batch=draw_batch,
           train_config=config.train, run_dir=args.output_dir, header=header,
-          accelerator=accelerator, export=export, validate=val_store and validate)
+          accelerator=accelerator, export=export, validate=val_store and validate,
+          log_with=args.log_with)
+    if val_store and accelerator.is_main_process:
+        module = load_prior(Path(args.output_dir) / "prior.safetensors", "--output_dir")[0]
+        batch = load_val_batch()
+        write_report_card(Path(args.output_dir) / "report_card.md", train_store, batch,
+                          sample(module.to(accelerator.device), batch))
+
+
+def write_report_card(path, train_store, batch, predicted):
+    """A table of the prior beside what needs no prior: over the validation pictures, cosine to the
+    true image embedding, to the own caption and to another one, and retrieval."""
+    text_embed, image_embed = batch["text_embed"], batch["image_embed"]
+    mean = F.normalize(torch.from_numpy(train_store.image_embed[:20_000]).float().mean(0), dim=0)
+    candidates = {
+        "the prior": predicted, "the text embedding itself": text_embed,
+        "the mean image embedding": mean.to(image_embed).expand_as(image_embed),
+        "the image of the nearest training caption": find_nearest_captions(train_store, text_embed),
+        "the true image embedding": image_embed}
+    scores = {name: compute_prior_scores(candidate, image_embed, text_embed)
+              for name, candidate in candidates.items()}
+    columns = list(scores["the prior"])
+    lines = [f"| {len(image_embed)} validation pictures | " + " | ".join(columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[column]:.3f}" for column in columns) + " |"
+              for name, row in scores.items()]
+    replace_file(path, lambda part: part.write_text("\n".join(lines) + "\n"))
+    print("\n".join(lines))
+
+
+def find_nearest_captions(store, text_embed):
+    """(B, D): for text_embed (B, D), the image embedding of the nearest caption's picture."""
+    best = torch.full((len(text_embed),), -2.0, device=text_embed.device)
+    rows = torch.zeros(len(text_embed), dtype=torch.long, device=text_embed.device)
+    for start in range(0, len(store.text_embed), 1 << 16):
+        part = torch.from_numpy(store.text_embed[start:start + (1 << 16)]).to(text_embed)
+        value, index = (text_embed @ part.T).max(1)
+        rows = torch.where(value > best, index + start, rows)
+        best = torch.maximum(best, value)
+    pictures = np.searchsorted(store.caption_start, rows.cpu().numpy(), side="right") - 1
+    return torch.from_numpy(store.image_embed[pictures]).to(text_embed)
 
 
 if __name__ == "__main__":

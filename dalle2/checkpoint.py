@@ -1,7 +1,6 @@
 """Files that training leaves: checkpoints to resume from, and exports that describe themselves.
 
-Everything is written beside its place, flushed and renamed, so that a process killed half way
-leaves the file of before. An export is a safetensors file whose header holds the whole config.
+An export is a safetensors file whose header holds the whole config.
 """
 
 import json
@@ -11,27 +10,34 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from dalle2.config import UserError
+from dalle2.files import replace_file
 
 HEADER_KEY = "dalle2"
 
 
-def replace_file(path, write):
-    """Calls `write(temporary path)`, then renames what it wrote to `path`, durably."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    write(part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def save_checkpoint(folder, state, must=False, keep=2):
+    """Writes `state` as `<folder>/step_<step>.pt` and drops all but the newest `keep`.
 
-
-def save_checkpoint(folder, step, state, keep=2):
-    """Writes `state` as `<folder>/step_<step>.pt` and drops all but the newest `keep`."""
-    replace_file(Path(folder) / f"step_{step:08d}.pt", lambda part: torch.save(state, part))
-    for path in sorted(Path(folder).glob("step_*.pt"))[:-keep]:
+    A full disk leaves the checkpoints of before: a warning, or a UserError where this one `must` be
+    written.
+    """
+    folder = Path(folder)
+    path = folder / f"step_{state['step']:08d}.pt"
+    try:
+        replace_file(path, lambda part: torch.save(state, part))
+    except (OSError, RuntimeError) as error:
+        path.with_name(path.name + ".part").unlink(missing_ok=True)
+        left = sorted(folder.glob("step_*.pt"))
+        told = (f"{path} could not be written ({str(error).splitlines()[0]}); the last good "
+                f"checkpoint is {left[-1].name if left else 'none'}")
+        if must:
+            raise UserError(f"--output_dir: {told}; make room and run the same command") from error
+        tqdm.write(f"warning: {told}")
+        return
+    for path in sorted(folder.glob("step_*.pt"))[:-keep]:
         path.unlink()
 
 

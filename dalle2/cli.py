@@ -67,7 +67,10 @@ def add_train_flags(parser, output_dir):
     train.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"],
                        help="auto: bf16 on a GPU that has it, else none")
     train.add_argument("--save_every", type=int, help="steps between checkpoints")
+    train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
     train.add_argument("--validate_every", type=int, help="steps between validations")
+    train.add_argument("--log_with", choices=["tensorboard", "wandb", "none"],
+                       default="tensorboard", help="beside metrics.jsonl and curves.png")
     train.add_argument("--dry_run", action="store_true",
                        help="check flags and data, print the plan, write nothing")
 
@@ -76,7 +79,7 @@ def override_train(config, args):
     """`config` (with a field `train`), validated, with the training flags that were given."""
     given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
                                       "gradient_accumulation_steps", "save_every",
-                                      "validate_every")
+                                      "save_minutes", "validate_every")
              if (value := getattr(args, name)) is not None}
     return validate_config(replace(config, train=replace(config.train, **given)))
 
@@ -94,15 +97,17 @@ def check_data(args):
             raise UserError(f"--{split}_annot_path: no such file: {annot}")
 
 
-def open_stores(args, clip_source=None):
-    """(train Store, val Store or None), prepared now where they are not there yet."""
-    from dalle2.data import prepare_store
-    embed = dict(clip=clip_source.load, fingerprint=clip_source.fingerprint) if clip_source else {}
-    train = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, **embed)
+def open_stores(args, clip_source=None, **options):
+    """(train Store, val Store or None), prepared now where they are not there yet; `options` are
+    those of prepare_store."""
+    from dalle2.prepare import prepare_store
+    if clip_source:
+        options |= dict(clip=clip_source.load, fingerprint=clip_source.fingerprint)
+    train = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, **options)
     val = None
     if args.val_annot_path:
         val = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
-                            max_images=args.num_val_images, **embed)
+                            max_images=args.num_val_images, **options)
     return train, val
 
 

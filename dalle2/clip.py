@@ -13,6 +13,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 from dalle2.checkpoint import load_export, read_export_header
 from dalle2.config import ClipConfig, UserError, config_from_dict
@@ -37,6 +38,8 @@ class FrozenClip:
         self.image_size = size[0] if isinstance(size, (tuple, list)) else size
         self.context_length = tokenizer.context_length
         self.embed_dim, self.text_width = model.visual.output_dim, len(self.ln_final.weight)
+        self.is_causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None \
+            and model.text_projection is not None
 
     def tokenize(self, captions):
         """list of B strings -> text_tokens (B, L) int64: start, words, end, zeros. A caption that
@@ -59,25 +62,42 @@ class FrozenClip:
 
     @torch.no_grad()
     def embed_text(self, text_tokens):
-        """text_tokens (B, L) -> text_embed (B, D), unit norm, and text_encodings (B, L, D): the
-        last layer's output after its norm, one vector a token, zero after the end token."""
+        """text_tokens (B, L) -> text_embed (B, D), unit norm, and text_encodings (B, M, D): the
+        last layer's output after its norm, one vector a token, zero after the end token; M is L,
+        or the longest caption's length where the text tower is causal, which is exact."""
         text_tokens = text_tokens.to(self.device)
-        kept = []
-        hook = self.ln_final.register_forward_hook(lambda *args: kept.append(args[-1]))
-        try:
-            text_embed = self.model.encode_text(text_tokens, normalize=True).float()
-        finally:
-            hook.remove()
         mask = self.compute_text_mask(text_tokens)
-        return text_embed, kept[0].float() * mask[..., None]  # (B, D), (B, L, D)
+        if self.is_causal:
+            longest = int(mask.sum(1).max())
+            text_tokens, mask = text_tokens[:, :longest], mask[:, :longest]
+            text_embed, text_encodings = self._run_text_tower(text_tokens)
+        else:
+            kept = []
+            hook = self.ln_final.register_forward_hook(lambda *args: kept.append(args[-1]))
+            try:
+                text_embed, text_encodings = self.model.encode_text(text_tokens), kept
+            finally:
+                hook.remove()
+            text_encodings = text_encodings[0]
+        return F.normalize(text_embed.float(), dim=-1), text_encodings.float() * mask[..., None]
+
+    def _run_text_tower(self, text_tokens):
+        """What open_clip.CLIP.encode_text does, for fewer positions than the model has."""
+        model, length = self.model, text_tokens.shape[1]
+        x = model.token_embedding(text_tokens) + model.positional_embedding[:length]  # (B, M, W)
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        ends = (text_tokens == self.tokenizer.eot_token_id).int().argmax(1)
+        pooled = x[torch.arange(len(x), device=x.device), ends]  # (B, W)
+        projection = model.text_projection
+        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection, x
 
 
 def preprocess_image(image, size, mean=CLIP_MEAN, std=CLIP_STD):
     """image (B, 3, H, W), uint8 or float in [0, 1] -> (B, 3, size, size) as a CLIP wants it:
     resized (bicubic, antialiased) and normalised per channel."""
-    image = image.float() / 255 if image.dtype == torch.uint8 else image
     if image.shape[-1] != size:
-        image = F.interpolate(image, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        image = TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.clamp(0, 1)
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
     return (image - mean) / std
 
@@ -101,34 +121,15 @@ def build_tokenizer(context_length):
 
 
 class ClipLoss(nn.Module):
-    """Symmetric contrastive loss over the pairs of all processes (Radford et al. 2021, fig. 3),
-    and the decorrelation of each process's own embeddings where `decorrelation_weight` asks for it.
-    """
+    """Symmetric contrastive loss over the pairs of all processes (Radford et al. 2021, fig. 3)."""
 
-    def __init__(self, rank, world_size, decorrelation_weight=0.0):
+    def __init__(self, rank, world_size):
         super().__init__()
-        self.decorrelation_weight = decorrelation_weight
         self.loss = open_clip.ClipLoss(local_loss=world_size > 1, gather_with_grad=world_size > 1,
                                        rank=rank, world_size=world_size)
 
     def forward(self, image_embed, text_embed, logit_scale):
-        loss = self.loss(image_embed, text_embed, logit_scale.clamp(max=100))
-        if self.decorrelation_weight:
-            loss = loss + self.decorrelation_weight * (compute_decorrelation_loss(image_embed)
-                                                       + compute_decorrelation_loss(text_embed))
-        return loss
-
-
-def compute_decorrelation_loss(embed):
-    """How far the covariance of embed (B, D), scaled to unit variance, is from the identity: the
-    mean squared row, a scalar. Bardes et al. 2022 (arXiv 2105.04906), eq. 4, with the variances.
-
-    With a small vocabulary the contrastive loss alone settles in a dozen directions, from which
-    the decoder learns slowly.
-    """
-    embed = (embed - embed.mean(0)) * embed.shape[1] ** 0.5
-    covariance = embed.T @ embed / len(embed)  # (D, D)
-    return (covariance - torch.eye(len(covariance), device=embed.device)).square().sum(1).mean()
+        return self.loss(image_embed, text_embed, logit_scale.clamp(max=100))
 
 
 def load_clip(clip_model, clip_pretrained, device="cpu"):

@@ -15,11 +15,12 @@ class UserError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one network is optimized. AdamW with decay on matrices only, EMA, gradient clipping."""
+    """How one network is optimized: AdamW or Muon with decay on matrices only, EMA, clipping."""
 
     num_steps: int                   # optimizer updates
     batch_size: int                  # global batch: all processes and accumulation steps together
     lr: float                        # peak learning rate
+    muon_lr: float = 0.0             # of matrices and kernels by Muon (dalle2.optimizer); 0: AdamW
     lr_schedule: str = "cosine"      # after the warm-up: "cosine" to zero, or "constant"
     warmup_steps: int = 1000         # steps of linear warm-up
     weight_decay: float = 0.0        # on parameters with two or more dimensions
@@ -30,6 +31,7 @@ class TrainConfig:
     seed: int = 0                    # noise, timesteps, crops, captions and order follow from it
     mixed_precision: str = "auto"    # "no", "bf16", "fp16"; "auto": bf16 where CUDA has it
     save_every: int = 2500           # steps between checkpoints and exports
+    save_minutes: float = 0.0        # and minutes between them; 0: steps alone
     validate_every: int = 2500       # steps between validations
 
 
@@ -45,7 +47,6 @@ class ClipConfig:
     text_heads: int
     context_length: int              # L, start and end token included
     logit_scale: float = 0.0         # fixed inverse temperature; 0: learned from 1 / 0.07
-    decorrelation_weight: float = 0.0   # of dalle2.clip.compute_decorrelation_loss; 0 is none
     train: TrainConfig
 
 
@@ -57,6 +58,8 @@ class PriorConfig:
     heads: int
     dim_head: int = 64
     max_text_len: int                # text positions; longer captions are cut, end token kept
+    normformer: bool = False         # a norm more in each layer, as the public LAION prior has it
+    discrete_time: bool = False      # one learned vector a timestep, likewise
     timesteps: int = 1000
     beta_schedule: str = "cosine"
     text_cond_drop_prob: float = 0.1
@@ -78,6 +81,8 @@ class UnetConfig:
     attn_heads: int = 8
     attn_dim_head: int = 64
     memory_efficient: bool = True    # down-sample before, not after, the blocks of a resolution
+    cond_dim: int = 0                # of each image token; 0: dim
+    num_image_tokens: int = 4        # that the image embedding is unfolded into (first stage)
     init_conv_kernel_size: int = 0   # 0: the library's cross-embedding of kernels 3, 7 and 15
     predict_x_start: bool = False    # both False: the network predicts the noise
     predict_v: bool = True           # Salimans and Ho 2022, appendix D
@@ -116,11 +121,12 @@ _BASE_CLIP = ClipConfig(
 
 _TOY_CLIP = ClipConfig(
     embed_dim=128, image_size=48, vision_width=16, vision_layers=(1, 1, 1, 1), text_layers=2,
-    text_heads=4, context_length=26, logit_scale=10.0, decorrelation_weight=0.03,
-    train=TrainConfig(num_steps=260, batch_size=256, lr=3e-3, warmup_steps=30, weight_decay=0.05,
-                      adam_beta2=0.98, ema_decay=0.97, save_every=130, validate_every=65))
+    text_heads=4, context_length=26, logit_scale=10.0,
+    train=TrainConfig(num_steps=130, batch_size=256, lr=3e-3, muon_lr=0.02, warmup_steps=30,
+                      weight_decay=0.05, adam_beta2=0.98, ema_decay=0.97, save_every=65,
+                      validate_every=65))
 
-_TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, warmup_steps=50,
+_TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, muon_lr=0.02, warmup_steps=50,
                          weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
                          validate_every=500)
 
@@ -129,13 +135,15 @@ PRESETS = {
     "toy": Preset(
         clip=_TOY_CLIP,
         prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26,
-                          train=replace(_TOY_TRAIN, num_steps=240, batch_size=128)),
+                          train=replace(_TOY_TRAIN, num_steps=140, batch_size=128)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
+                       cond_dim=64, num_image_tokens=8,
                        predict_v=False, predict_x_start=True, beta_schedule="linear",
-                       min_snr_gamma=0.0, sample_timesteps=20, cond_scale=1.5,
-                       train=replace(_TOY_TRAIN, num_steps=1900, batch_size=32, lr=2e-3)),
+                       min_snr_gamma=0.0, sample_timesteps=10, cond_scale=1.5,
+                       train=replace(_TOY_TRAIN, num_steps=1700, batch_size=32, lr=2e-3,
+                                     muon_lr=0.015)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
@@ -188,9 +196,9 @@ PRESETS = {
 
 _CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
             "mixed_precision": ("auto", "no", "bf16", "fp16")}
-_MAY_BE_ZERO = {"weight_decay", "warmup_steps", "seed", "init_conv_kernel_size", "min_snr_gamma",
-                "num_resnet_blocks", "logit_scale", "decorrelation_weight", "crop_size",
-                "lowres_noise_max_level", "lowres_noise_level",
+_MAY_BE_ZERO = {"muon_lr", "save_minutes", "weight_decay", "warmup_steps", "seed", "logit_scale",
+                "init_conv_kernel_size", "min_snr_gamma", "num_resnet_blocks", "cond_dim",
+                "crop_size", "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}
 
 

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from torchvision.transforms.v2 import functional as TF
 
-from dalle2.checkpoint import replace_file
 from dalle2.data import load_image
+from dalle2.files import replace_file
 
 STYLE = """
 body{font:15px/1.4 system-ui,sans-serif;margin:0;background:#fafafa;color:#222}

@@ -1,23 +1,61 @@
-"""`metrics.jsonl`: one JSON object a line, none doubled and none missing after a resume."""
+"""`metrics.jsonl`, one JSON object a line, none doubled and none missing after a resume; and the
+same numbers to TensorBoard or Weights & Biases."""
 
 import json
+import math
 from pathlib import Path
+
+from dalle2.config import UserError
 
 
 class MetricsLog:
-    """Appends to `path`; lines of steps after `step`, from a run that was cut off, are dropped."""
+    """Appends to `<run_dir>/metrics.jsonl`; lines of steps after `step`, from a run that was cut
+    off, are dropped. log_with: "tensorboard", "wandb" or "none". A context manager."""
 
-    def __init__(self, path, step=0):
-        self.path = Path(path)
+    def __init__(self, run_dir, step=0, log_with="none", config=None):
+        self.path = Path(run_dir) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         self.path.write_text("".join(line + "\n" for line in kept))
+        self.send, self.close = _open_tracker(log_with, Path(run_dir), step, config)
 
     def write(self, rows):
-        """rows: list of dicts, each with its `step`."""
+        """rows: list of dicts, each with its `step`. A number that is not finite becomes null."""
+        rows = [{name: value if not isinstance(value, float) or math.isfinite(value) else None
+                 for name, value in row.items()} for row in rows]
         with open(self.path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            self.send({name: value for name, value in row.items()
+                       if name != "step" and value is not None}, row["step"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def _open_tracker(log_with, run_dir, step, config):
+    """(send(values, step), close()) of the tracker `log_with`."""
+    if log_with == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+
+        def send(values, step):
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        return send, writer.close
+    if log_with == "wandb":
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--log_with: wandb is not installed (pip install wandb)") from error
+        run = wandb.init(project="dalle2", name=str(run_dir), dir=run_dir, config=config,
+                         id="-".join(run_dir.absolute().parts[1:])[-120:], resume="allow")
+        return (lambda values, step: run.log(values, step=step)), run.finish
+    return (lambda values, step: None), (lambda: None)
 
 
 def _step_of(line):

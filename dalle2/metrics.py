@@ -1,5 +1,6 @@
 """Numbers that say how good something is."""
 
+import torch
 
 
 def compute_recall(queries, targets, ks):
@@ -9,3 +10,29 @@ def compute_recall(queries, targets, ks):
     own = scores.diagonal()[:, None]
     better = (scores >= own).sum(1) - 1  # others that score as high
     return {f"recall@{k}": (better < k).float().mean().item() for k in ks}
+
+
+def compute_prior_scores(predicted, image_embed, text_embed):
+    """How good image embeddings (N, D) predicted from captions are: mean cosine to the true
+    image_embed (N, D), to the own and to another caption's text_embed (N, D), and the retrieval of
+    the true image. All of unit norm."""
+    cosine = {"val_cosine": image_embed, "caption_cosine": text_embed,
+              "other_caption_cosine": text_embed.roll(1, 0)}
+    scores = {name: (predicted * other).sum(-1).mean().item() for name, other in cosine.items()}
+    return scores | compute_recall(predicted, image_embed, (1, 5, 10))
+
+
+def summarize_by_quartile(losses, t, timesteps):
+    """losses (N,) at timesteps t (N,) -> {"val_loss": mean, "val_loss_q1": mean over the lowest
+    quarter of the timesteps, ..., "val_loss_q4"}."""
+    quartile = t * 4 // timesteps
+    row = {"val_loss": losses.mean().item()}
+    for k in range(4):
+        row[f"val_loss_q{k + 1}"] = losses[quartile == k].mean().item()
+    return row
+
+
+def compute_fixed_timesteps(count, timesteps):
+    """(count,) timesteps for validation: evenly spread, in a fixed random order."""
+    t = torch.arange(count) * timesteps // count
+    return t[torch.randperm(count, generator=torch.Generator().manual_seed(0))]

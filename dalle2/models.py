@@ -32,7 +32,8 @@ def build_prior(config: PriorConfig, embed_dim):
     """
     prior = library.DiffusionPriorNetwork(
         dim=embed_dim, depth=config.depth, heads=config.heads, dim_head=config.dim_head,
-        max_text_len=config.max_text_len)
+        max_text_len=config.max_text_len, normformer=config.normformer,
+        num_timesteps=config.timesteps if config.discrete_time else None)
     prior.null_image_embed.requires_grad_(False)  # never read: the image is never dropped
     return swap_modules(prior, library)
 
@@ -50,10 +51,14 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
         if getattr(config, name) % factor:
             raise UserError(f"--{name}: {getattr(config, name)} is no multiple of {factor}, as "
                             f"{len(config.dim_mults)} resolutions need")
+    cond_dim = config.cond_dim or config.dim
+    if is_first and cond_dim == image_embed_dim:  # the library would make no tokens
+        raise UserError(f"--preset: cond_dim {cond_dim} needs a CLIP of another embedding size")
     kernel = config.init_conv_kernel_size
     unet = library.Unet(
         dim=config.dim, dim_mults=config.dim_mults, image_embed_dim=image_embed_dim,
-        num_resnet_blocks=config.num_resnet_blocks,
+        num_resnet_blocks=config.num_resnet_blocks, cond_dim=cond_dim,
+        num_image_tokens=config.num_image_tokens,
         self_attn=config.self_attn or (False,) * len(config.dim_mults),
         attn_heads=config.attn_heads, attn_dim_head=config.attn_dim_head,
         memory_efficient=config.memory_efficient,
@@ -83,6 +88,24 @@ def init_unet(unet, is_first, image_embed_dim):
         for layer in (unet.to_image_hiddens, unet.image_to_tokens):
             if not isinstance(layer, torch.nn.Identity):
                 layer[0].weight.mul_(image_embed_dim ** 0.5)
+
+
+def build_stock_prior(network, config, embed_dim):
+    """dalle2_pytorch's DiffusionPrior around a network of `build_prior`."""
+    return library.DiffusionPrior(network, image_embed_dim=embed_dim, timesteps=config.timesteps,
+                                  beta_schedule=config.beta_schedule,
+                                  text_cond_drop_prob=config.text_cond_drop_prob)
+
+
+def build_stock_decoder(unets, configs):
+    """dalle2_pytorch's Decoder around networks of `build_unet`, with their UnetConfigs."""
+    return library.Decoder(
+        tuple(unets), image_sizes=tuple(c.image_size for c in configs),
+        timesteps=configs[0].timesteps, beta_schedule=tuple(c.beta_schedule for c in configs),
+        predict_x_start=tuple(c.predict_x_start for c in configs),
+        predict_v=tuple(c.predict_v for c in configs), learned_variance=False,
+        image_cond_drop_prob=configs[0].image_cond_drop_prob, text_cond_drop_prob=1.0,
+        use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
 
 
 def load_prior(path, flag="--prior_ckpt"):

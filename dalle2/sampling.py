@@ -128,8 +128,13 @@ def sample_images(unets, configs, image_embed, seeds, *, cond_scale=None, sample
                 torch.full((len(seeds),), config.lowres_noise_level, device=image.device),
                 draw_noise([derive_seed(seed, "lowres", number) for seed in seeds],
                            x_t.shape[1:], image.device))
-            predict = lambda x, t: unet(x, t, image_embed=None, lowres_cond_img=lowres,  # noqa: E731
-                                        lowres_noise_level=level)
+            # one at a time on a CPU, whose caches hold one picture of 256 px: twice as fast there
+            rows = 1 if image.device.type == "cpu" else len(seeds)
+            predict = lambda x, t: torch.cat([  # noqa: E731
+                unet(x_part, t_part, image_embed=None, lowres_cond_img=lowres_part,
+                     lowres_noise_level=level_part)
+                for x_part, t_part, lowres_part, level_part in zip(*(
+                    tensor.split(rows) for tensor in (x, t, lowres, level)))])
 
         def denoise(x_t, t):
             return diffusion.to_x_start(predict(x_t, t).float(), x_t, t).clamp(-1, 1)

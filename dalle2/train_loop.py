@@ -7,21 +7,29 @@ loop accumulates, clips, steps, averages, logs, validates, saves and resumes.
 import contextlib
 import json
 import math
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dalle2.checkpoint import load_newest_checkpoint, replace_file, save_checkpoint
+from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
 from dalle2.config import UserError
+from dalle2.files import hold_lock, replace_file
 from dalle2.logger import MetricsLog
+from dalle2.optimizer import build_optimizers
+from dalle2.plots import save_curves
 from dalle2.rng import BatchRandom
 
 LOG_EVERY = 25
-MAY_CHANGE = ("num_steps", "save_every", "validate_every", "gradient_accumulation_steps",
-              "mixed_precision")  # train settings that a resumed run may set anew
+SHOWN = "loss", "val_loss", "val_cosine", "recall@1"  # beside the progress bar
+MAX_BAD_STEPS = 20     # in a row without a finite gradient; fp16 needs a few to find its scale
+MAY_CHANGE = ("num_steps", "save_every", "save_minutes", "validate_every",
+              "gradient_accumulation_steps", "mixed_precision")  # settings a resumed run may change
 
 
 def train(
@@ -30,124 +38,221 @@ def train(
     compute_loss,    # (module, batch, BatchRandom on the device) -> loss, a scalar or (B,)
     draw_batch,      # (step, rows, BatchRandom on the CPU) -> dict of tensors; rows is a slice
     train_config,    # TrainConfig
-    run_dir,         # folder for config.json, metrics.jsonl, checkpoints/, samples/
+    run_dir,         # folder for config.json, metrics.jsonl, curves.png, checkpoints/, samples/
     header,          # what the run is, as JSON: written to config.json, compared on resuming
     accelerator,     # accelerate.Accelerator
-    export,          # (state dict of the averaged weights, step): writes the exported file
-    validate=None,   # averaged module -> {name: number}
+    export,          # (state dict of the averaged weights, step, best): writes the exported file
+    validate=None,   # (module, brief) -> {name: number} with "val_loss"; brief: only the losses
     sample=None,     # (averaged module, path of a JPEG): draws pictures
+    log_with="tensorboard",  # "tensorboard", "wandb" or "none", beside metrics.jsonl
 ):
-    """Trains until `train_config.num_steps`, going on from the newest checkpoint in `run_dir`."""
+    """Trains until `train_config.num_steps`, going on from the newest checkpoint in `run_dir`.
+
+    SIGTERM and SIGINT save, then exit with 128 + the signal's number. Raises UserError where the
+    run cannot go on, with the last good checkpoint kept.
+    """
     c, run_dir, device = train_config, Path(run_dir), accelerator.device
     is_main = accelerator.is_main_process
-
-    # ---- model, average, optimizer
-    module = module.to(device)
-    ema = AveragedModel(module, multi_avg_fn=build_ema_function(c.ema_decay))
-    optimizer = torch.optim.AdamW(split_weight_decay(module, c.weight_decay), lr=c.lr,
-                                  betas=(0.9, c.adam_beta2), fused=True)
-    model, optimizer = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(model)
-
-    # ---- resume
-    start = 0
-    state = load_newest_checkpoint(run_dir / "checkpoints")
-    if state is not None:
-        check_same_run(state["header"], header, run_dir)
-        module.load_state_dict(state["module"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        start = state["step"]
-        del state
-    if start >= c.num_steps:
-        accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
-        if is_main:
-            export(ema.module.state_dict(), start)
-        return
-    if is_main:
-        replace_file(run_dir / "config.json",
-                     lambda part: part.write_text(json.dumps(header, indent=2)))
-        log = MetricsLog(run_dir / "metrics.jsonl", start)
     size = count_rows(c, accelerator.num_processes)
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            stack.enter_context(hold_lock(run_dir / ".lock", wait=False, told=UserError(
+                f"--output_dir: {run_dir} is in use by another process")))
+        stop = stack.enter_context(catch_signals())
+        stack.enter_context(explain_memory(c))
 
-    # ---- steps
-    pending = []  # (step, lr, loss, gradient norm), tensors until they are written
-    progress = tqdm(total=c.num_steps, initial=start, desc=str(run_dir), unit="step",
-                    disable=not is_main, mininterval=0.1 if sys.stderr.isatty() else 10)
-    for step in range(start, c.num_steps):
-        model.train()
-        lr = compute_lr(c, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = []
-        for micro_step in range(c.gradient_accumulation_steps):
-            first = (micro_step * accelerator.num_processes + accelerator.process_index) * size
-            rows = slice(first, first + size)
-            key = dict(batch_size=c.batch_size, rows=rows)
-            batch = draw_batch(step, rows, BatchRandom(c.seed, step, "data", **key))
-            batch = {name: value.to(device) for name, value in batch.items()}
-            last = micro_step == c.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                loss = compute_loss(
-                    model, batch, BatchRandom(c.seed, step, "noise", device=device, **key)).mean()
-                accelerator.backward(loss / c.gradient_accumulation_steps)
-            losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(module)
-        pending.append((step + 1, lr, torch.stack(losses).mean(), grad_norm.detach()))
-        progress.update()
+        # ---- model, average, optimizer
+        module = module.to(device)
+        ema = AveragedModel(module, multi_avg_fn=build_ema_function(c.ema_decay))
+        model, *optimizers = accelerator.prepare(module, *build_optimizers(module, c))
+        module = accelerator.unwrap_model(model)
 
-        # ---- log, validate, save
-        done = step + 1
-        ends = done == c.num_steps
-        row = {}
-        if validate and (ends or done % c.validate_every == 0):
-            ema.eval()
-            row = validate(ema.module) if is_main else {}
-        if ends or row or done % LOG_EVERY == 0 or done % c.save_every == 0:
-            rows = collect_rows(pending, accelerator, c.batch_size, progress)
-            pending = []
+        # ---- resume
+        start, best = 0, {"step": 0, "val_loss": math.inf}
+        state = load_newest_checkpoint(run_dir / "checkpoints")
+        if state is not None:
+            check_same_run(state["header"], header, run_dir)
+            module.load_state_dict(state["module"])
+            ema.load_state_dict(state["ema"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            start, best = state["step"], state["best"]
+            del state
+        if start >= c.num_steps:
+            accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
             if is_main:
+                export(ema.module.state_dict(), start, best=False)
+            return
+        if is_main:
+            replace_file(run_dir / "config.json",
+                         lambda part: part.write_text(json.dumps(header, indent=2)))
+            log = stack.enter_context(MetricsLog(run_dir, start, log_with, header))
+
+        def collect_state(step):
+            return {"step": step, "header": header, "best": best, "module": module.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}}
+
+        # ---- steps
+        pending = []  # (step, lr, loss, gradient norm), tensors until they are written
+        bad_steps, stopped, saved_at = 0, False, time.monotonic()
+        progress = stack.enter_context(tqdm(
+            total=c.num_steps, initial=start, desc=str(run_dir), unit="step", disable=not is_main,
+            mininterval=0.1 if sys.stderr.isatty() else 10))
+        for step in range(start, c.num_steps):
+            if stopped:
+                break
+            model.train()
+            lr_factor = compute_lr_factor(c, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_factor
+            losses = []
+            for micro_step in range(c.gradient_accumulation_steps):
+                first = (micro_step * accelerator.num_processes + accelerator.process_index) * size
+                rows = slice(first, first + size)
+                key = dict(batch_size=c.batch_size, rows=rows)
+                batch = draw_batch(step, rows, BatchRandom(c.seed, step, "data", **key))
+                batch = {name: value.to(device) for name, value in batch.items()}
+                last = micro_step == c.gradient_accumulation_steps - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    loss = compute_loss(model, batch, BatchRandom(
+                        c.seed, step, "noise", device=device, **key)).mean()
+                    accelerator.backward(loss / c.gradient_accumulation_steps)
+                losses.append(loss.detach())
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm)
+            if accelerator.scaler is None:
+                skip_unless_finite(optimizers, grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            ema.update_parameters(module)
+            pending.append((step + 1, c.lr * lr_factor, torch.stack(losses).mean(),
+                            grad_norm.detach()))
+            progress.update()
+
+            # ---- log, validate, save
+            done = step + 1
+            stopped = agree_to_stop(stop, done, accelerator)
+            ends = done == c.num_steps or stopped
+            validates = validate and (done == c.num_steps or done % c.validate_every == 0)
+            saves = ends or done % c.save_every == 0
+            logs = saves or validates or done % LOG_EVERY == 0
+            if not logs:
+                continue
+            rows = collect_rows(pending, accelerator, c.batch_size, progress)
+            bad_steps, pending = count_bad_steps(rows, bad_steps, run_dir), []
+            if not is_main:
+                continue
+            if validates:
+                row = run_validation(validate, module, ema)
                 rows[-1].update(row)
-                log.write(rows)
-                progress.set_postfix(loss=f"{rows[-1]['loss']:.4f}", **{
-                    name: f"{value:.4f}" for name, value in row.items()})
-        if is_main and (ends or done % c.save_every == 0):
-            save_checkpoint(run_dir / "checkpoints", done, {
-                "step": done, "header": header, "module": module.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}})
-            ema.eval()
-            export(ema.module.state_dict(), done)
-            if sample:
-                sample(ema.module, run_dir / "samples" / f"step_{done:08d}.jpg")
-    progress.close()
-    accelerator.wait_for_everyone()
+                if row["val_loss"] < best["val_loss"]:
+                    best = {"step": done, "val_loss": row["val_loss"]}
+                    export(ema.module.state_dict(), done, best=True)
+            log.write(rows)
+            progress.set_postfix({name: f"{value:.4f}" for name, value in rows[-1].items()
+                                  if name in SHOWN})
+            minutes = (time.monotonic() - saved_at) / 60
+            if saves or (c.save_minutes and minutes > c.save_minutes):
+                saved_at = time.monotonic()
+                save_checkpoint(run_dir / "checkpoints", collect_state(done), must=ends)
+                export(ema.module.state_dict(), done, best=False)
+                save_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+                if sample and not stopped:
+                    sample(ema.module, run_dir / "samples" / f"step_{done:08d}.jpg")
+        accelerator.wait_for_everyone()
+    if stopped:
+        accelerator.print(f"{run_dir}: stopped and saved at step {done}; the same command goes on")
+        sys.exit(128 + stop[0])
 
 
 # ----------------------------------------------------------------------------------------------
 # its parts
 
 
-def compute_lr(config, step):
-    """Learning rate of `step` (from 0): linear warm-up, then cosine to zero or constant."""
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that the number of a SIGTERM or SIGINT is put into; restored afterwards."""
+    caught = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.signal(number, lambda got, frame: caught.append(got)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def agree_to_stop(caught, step, accelerator):
+    """Whether a signal came, the same answer in all processes; several look every tenth step."""
+    if accelerator.num_processes == 1:
+        return bool(caught)
+    if step % 10:
+        return False
+    stop = accelerator.reduce(torch.tensor(float(bool(caught)), device=accelerator.device), "sum")
+    if stop and not caught:
+        caught.append(signal.SIGTERM)
+    return bool(stop)
+
+
+@contextlib.contextmanager
+def explain_memory(config):
+    """Turns CUDA's lack of memory into a UserError that names the flags that help."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        parts = config.gradient_accumulation_steps
+        raise UserError(f"--gradient_accumulation_steps: out of GPU memory; {2 * parts} instead of "
+                        f"{parts} halves what a step needs, a --batch_size below "
+                        f"{config.batch_size} too") from error
+
+
+def skip_unless_finite(optimizers, grad_norm):
+    """Tells the optimizers, on the device, to leave weights and moments alone at this step if the
+    gradient is not finite."""
+    found_inf = 1 - torch.isfinite(grad_norm).float()
+    for optimizer in optimizers:
+        optimizer.optimizer.found_inf = found_inf
+
+
+def count_bad_steps(rows, before, run_dir):
+    """Marks the skipped steps in `rows`; how many in a row lie behind now. UserError where that is
+    MAX_BAD_STEPS."""
+    for row in rows:
+        finite = math.isfinite(row["grad_norm"])
+        before = 0 if finite else before + 1
+        if not finite:
+            row["skipped"] = True
+        if before == MAX_BAD_STEPS:
+            raise UserError(f"--lr: {run_dir}: no finite gradient in {before} steps up to step "
+                            f"{row['step']}; a lower learning rate, a longer warm-up or "
+                            "--mixed_precision no or bf16 may help. The last checkpoint is kept")
+    return before
+
+
+def run_validation(validate, module, ema):
+    """Metrics of the averaged weights, and the losses of the raw ones with "_raw" at the end."""
+    ema.eval()
+    row = validate(ema.module, brief=False)
+    module.eval()
+    return row | {f"{name}_raw": value for name, value in validate(module, brief=True).items()}
+
+
+def compute_lr_factor(config, step):
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then cosine to zero or
+    constant."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.lr_schedule == "constant":
-        return config.lr * warmup
+        return warmup
     rest = max(1, config.num_steps - config.warmup_steps)
-    return config.lr * warmup * 0.5 * (
-        1 + math.cos(math.pi * max(0, step - config.warmup_steps) / rest))
-
-
-def split_weight_decay(module, weight_decay):
-    """Parameter groups: matrices and kernels decay; gains, biases and single vectors do not."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.squeeze().ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.squeeze().ndim < 2], "weight_decay": 0.0}]
+    return warmup * 0.5 * (1 + math.cos(math.pi * max(0, step - config.warmup_steps) / rest))
 
 
 def build_ema_function(decay):

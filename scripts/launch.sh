@@ -7,6 +7,9 @@ launch() {
     if command -v nvidia-smi >/dev/null 2>&1; then
         gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
     fi
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        gpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | wc -l)
+    fi
     if [ -z "${LAUNCH_ARGS:-}" ] && [ "$gpus" -gt 1 ]; then
         LAUNCH_ARGS="--multi_gpu --num_processes $gpus --num_machines 1 --dynamo_backend no"
     fi

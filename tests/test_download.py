@@ -1,48 +1,105 @@
-"""The downloader against a server on the loopback interface."""
+"""The downloader against a server on the loopback interface that misbehaves in every way."""
 
 import io
+import json
+import random
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import coco_download
 import pytest
+from coco_download import DownloadError, download, fetch_archive, fetch_folder
+
+SCRIPT = Path(__file__).resolve().parents[1] / "data" / "coco_download.py"
+BYTES = random.Random(0).randbytes(300_000)
 
 
 def make_zip(members):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
-        for name, text in members.items():
-            file.writestr(name, text)
+        for name, content in members.items():
+            file.writestr(name, content)
     return buffer.getvalue()
+
+
+def make_photo(number):
+    return b"\xff\xd8" + random.Random(number).randbytes(2000 + number) + b"\xff\xd9"
+
+
+def make_coco():
+    """{path on the server: bytes} of a COCO 2014 of 30 + 20 photos."""
+    files, annotations = {}, {}
+    for split, count in (("train", 30), ("val", 20)):
+        names = [f"COCO_{split}2014_{i:012d}.jpg" for i in range(count)]
+        photos = {f"{split}2014/{name}": make_photo(i) for i, name in enumerate(names)}
+        files |= {f"/{name}": photo for name, photo in photos.items()}
+        files[f"/zips/{split}2014.zip"] = make_zip(photos)
+        annotations[f"annotations/captions_{split}2014.json"] = json.dumps({
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+            "annotations": [{"id": 10 * i + k, "image_id": i, "caption": f"caption {k} of {i}"}
+                            for i in range(count) for k in range(5)]})
+    files["/annotations/annotations_trainval2014.zip"] = make_zip(annotations)
+    return files
 
 
 @pytest.fixture
 def server():
-    """files: {path: bytes}; cuts: how many of the next answers break off half way."""
+    """files: {path: bytes}; etag: of all of them; cuts: how many of the next answers break off half
+    way; failures: statuses of the next answers; ranges: whether Range is understood; pause: seconds
+    between blocks of 4 KB; starts: where each answer began."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             body = server.files.get(self.path)
+            if server.failures:
+                return self.send_error(server.failures.pop(0))
             if body is None:
                 return self.send_error(404)
-            asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            start = int(asked.group(1)) if asked and server.ranges else 0
+            start = self.find_start(len(body))
+            if start > len(body) - 1:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             server.starts.append(start)
             self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            if server.etag:
+                self.send_header("ETag", server.etag)
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
             rest = body[start:]
             if server.cuts:
                 server.cuts -= 1
                 rest = rest[:len(rest) // 2]
-            self.wfile.write(rest)
+            try:
+                for i in range(0, len(rest), 4096):
+                    self.wfile.write(rest[i:i + 4096])
+                    time.sleep(server.pause)
+            except OSError:
+                pass  # the client was killed
+
+        def find_start(self, size):
+            asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            condition = self.headers.get("If-Range")
+            if not asked or not server.ranges or (
+                    condition and condition != server.etag and not server.ignores_if_range):
+                return 0
+            return int(asked.group(1))
 
         def log_message(self, *args):
             pass
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.cuts, server.ranges, server.starts = {}, 0, True, []
-    thread = threading.Thread(target=server.serve_forever)
+    server.files, server.etag, server.cuts, server.failures = {}, '"1"', 0, []
+    server.ranges, server.ignores_if_range, server.pause, server.starts = True, False, 0, []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
@@ -51,50 +108,212 @@ def server():
     server.server_close()
 
 
+def run_cli(server, folder, *flags, kill_after=None):
+    """(exit code, stdout, stderr) of the script in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--data_dir", folder, "--base_url", server.url, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def assert_complete(server, folder):
+    for split, count in (("train", 30), ("val", 20)):
+        photos = sorted((folder / f"{split}2014").iterdir())
+        assert len(photos) == count
+        for photo in photos:
+            assert photo.read_bytes() == server.files[f"/{split}2014/{photo.name}"]
+        captions = json.loads((folder / f"annotations/captions_{split}2014.json").read_text())
+        assert len(captions["images"]) == count and len(captions["annotations"]) == 5 * count
+    assert not [path for path in folder.rglob("*") if path.suffix in (".part", ".unverified")]
+
+
+# ----------------------------------------------------------------------------------------------
+# one file
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_goes_on(server, tmp_path, ranges):
-    server.files["/x"], server.cuts, server.ranges = bytes(range(256)) * 999, 2, ranges
-    coco_download.download(server.url + "/x", tmp_path / "x", pause=0)
-    assert (tmp_path / "x").read_bytes() == server.files["/x"]
+    server.files["/x"], server.cuts, server.ranges = BYTES, 2, ranges
+    download(server.url + "/x", tmp_path / "x", pause=0)
+    assert (tmp_path / "x").read_bytes() == BYTES
     assert len(server.starts) == 3 and (server.starts[1] > 0) == ranges
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("etag", ['"1"', None])
+def test_another_process_goes_on_where_the_last_one_stopped(server, tmp_path, monkeypatch, etag):
+    server.files["/x"], server.cuts, server.etag = BYTES, 1, etag
+    monkeypatch.setattr(coco_download, "TRIES", 1)
+    with pytest.raises(DownloadError, match="gave up .* run the same command again"):
+        download(server.url + "/x", tmp_path / "x", pause=0)
+    download(server.url + "/x", tmp_path / "x", pause=0)
+    assert (tmp_path / "x").read_bytes() == BYTES
+    assert len(server.starts) == 2 and 0 < server.starts[1] <= len(BYTES) // 2
+
+
+@pytest.mark.parametrize("ignores_if_range", [False, True])
+def test_a_file_that_changed_on_the_server_is_fetched_from_its_beginning(
+        server, tmp_path, monkeypatch, ignores_if_range):
+    server.files["/x"], server.cuts, server.ignores_if_range = BYTES, 1, ignores_if_range
+    with monkeypatch.context() as patch, pytest.raises(DownloadError):
+        patch.setattr(coco_download, "TRIES", 1)
+        download(server.url + "/x", tmp_path / "x", pause=0)
+    server.files["/x"], server.etag = BYTES[::-1], '"2"'
+    download(server.url + "/x", tmp_path / "x", pause=0)
+    assert (tmp_path / "x").read_bytes() == BYTES[::-1]
+
+
+def test_a_part_file_of_another_url_is_not_continued(server, tmp_path):
+    server.files["/x"] = BYTES
+    (tmp_path / "x.part").write_bytes(b"something else")
+    download(server.url + "/x", tmp_path / "x", pause=0)
+    assert (tmp_path / "x").read_bytes() == BYTES
+
+
+def test_a_server_in_trouble_is_asked_again(server, tmp_path):
+    server.files["/x"], server.failures = BYTES, [503, 500, 429]
+    download(server.url + "/x", tmp_path / "x", pause=0)
+    assert (tmp_path / "x").read_bytes() == BYTES
+
+
 def test_a_missing_file_is_named_at_once(server, tmp_path):
-    with pytest.raises(coco_download.DownloadError, match="/nothing: HTTP 404"):
-        coco_download.download(server.url + "/nothing", tmp_path / "x", pause=0)
+    with pytest.raises(DownloadError, match="/nothing: HTTP 404"):
+        download(server.url + "/nothing", tmp_path / "x", pause=0)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil-of-a-test.txt", "a/../../evil.txt"])
-def test_a_member_that_leaves_the_folder_is_refused(tmp_path, name):
+def test_a_file_of_another_size_than_expected_is_refused(server, tmp_path):
+    server.files["/x"] = BYTES
+    with pytest.raises(DownloadError, match="300000 bytes, 300001 are expected"):
+        download(server.url + "/x", tmp_path / "x", num_bytes=len(BYTES) + 1, pause=0)
+    download(server.url + "/x", tmp_path / "x", num_bytes=len(BYTES), pause=0)
+
+
+def test_a_full_disk_is_told_beforehand(server, tmp_path, monkeypatch):
+    server.files["/x"] = BYTES
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(DownloadError, match="needed to download"):
+        download(server.url + "/x", tmp_path / "x", pause=0)
+    assert not list(tmp_path.glob("x*"))
+
+
+# ----------------------------------------------------------------------------------------------
+# archives
+
+
+def make_link(name):
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o120777 << 16
+    return info
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil-of-a-test.txt", "a/../../evil.txt",
+                                  "..\\evil.txt", make_link("link")])
+def test_a_member_that_leaves_the_folder_is_refused(server, tmp_path, name):
+    server.files["/zips/val2014.zip"] = make_zip({"val2014/good.jpg": "1", name: "/etc/passwd"})
     (tmp_path / "data").mkdir()
-    archive = tmp_path / "x.zip"
-    archive.write_bytes(make_zip({"good.txt": "1", name: "2"}))
-    with pytest.raises(coco_download.DownloadError, match="would leave"):
-        coco_download.unpack(archive, tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == [] and not list(tmp_path.glob("evil*"))
+    with pytest.raises(DownloadError, match="would leave"):
+        fetch_folder("val2014", tmp_path / "data", server.url, keep_zips=False)
+    assert not list((tmp_path / "data").glob("val2014/*"))
+    assert not list(tmp_path.glob("evil*")) and not Path("/tmp/evil-of-a-test.txt").exists()
 
 
-def test_a_split_is_fetched_unpacked_and_left_alone_when_complete(server, tmp_path, monkeypatch,
-                                                                  capsys):
-    monkeypatch.setattr(coco_download, "ARCHIVES",
-                        {"val2014": ("zips/val2014.zip", 3, ".jpg")})
-    server.files["/zips/val2014.zip"] = make_zip({f"val2014/{i}.jpg": "x" * i for i in range(3)})
+def test_a_damaged_archive_is_fetched_again_and_not_unpacked(server, tmp_path):
+    files = make_coco()
+    good = files["/zips/val2014.zip"]
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1  # one bit, inside a photo
+    server.files["/zips/val2014.zip"] = bytes(bad)
+    with pytest.raises(DownloadError, match="damaged: Bad CRC.*three times"):
+        fetch_folder("val2014", tmp_path, server.url, keep_zips=False)
+    assert len(server.starts) == 3 and not list(tmp_path.iterdir())
+    server.files["/zips/val2014.zip"] = b"no archive at all"
+    with pytest.raises(DownloadError, match="damaged"):
+        fetch_archive("val2014", tmp_path, server.url)
+    server.files["/zips/val2014.zip"] = good
+    fetch_folder("val2014", tmp_path, server.url, keep_zips=True)
+    assert len(list(tmp_path.glob("val2014/*.jpg"))) == 20 and (tmp_path / "val2014.zip").exists()
+
+
+def test_a_complete_split_costs_nothing_and_a_damaged_one_is_mended(server, tmp_path):
+    server.files = make_coco()
     for _ in range(2):
-        coco_download.fetch("val2014", tmp_path, server.url, keep_zips=False)
-    assert len(server.starts) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["val2014"]
-    (tmp_path / "val2014" / "1.jpg").unlink()
-    coco_download.fetch("val2014", tmp_path, server.url, keep_zips=True)
-    assert (tmp_path / "val2014" / "1.jpg").read_text() == "x"
-    assert (tmp_path / "val2014.zip").exists()
+        fetch_folder("val2014", tmp_path, server.url, keep_zips=False)
+    assert len(server.starts) == 1 and not (tmp_path / "val2014.zip").exists()
+    photos = sorted((tmp_path / "val2014").iterdir())
+    photos[3].write_bytes(photos[3].read_bytes()[:-5])
+    photos[7].unlink()
+    fetch_folder("val2014", tmp_path, server.url, keep_zips=False)
+    assert len(server.starts) == 2
+    assert all(p.read_bytes() == server.files[f"/val2014/{p.name}"] for p in photos)
 
 
-def test_a_damaged_archive_is_not_kept(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_download, "ARCHIVES", {"val2014": ("v.zip", 1, ".jpg")})
-    good = make_zip({"val2014/1.jpg": "abcdefgh" * 50})
-    server.files["/v.zip"] = good.replace(b"abcdefgh", b"abcdefgX", 1)
-    with pytest.raises(coco_download.DownloadError, match="damaged"):
-        coco_download.fetch("val2014", tmp_path, server.url, keep_zips=False)
-    assert not (tmp_path / "v.zip").exists() and not list(tmp_path.glob("val2014/*.jpg"))
-    server.files["/v.zip"] = good
-    coco_download.fetch("val2014", tmp_path, server.url, keep_zips=False)
+# ----------------------------------------------------------------------------------------------
+# the script
+
+
+@pytest.mark.parametrize("trouble", [{}, {"ranges": False}, {"cuts": 3}, {"failures": [503, 503]},
+                                     {"pause": 0.002}, {"etag": None, "cuts": 1}])
+def test_everything_arrives_whatever_the_server_does(server, tmp_path, trouble):
+    server.files = make_coco()
+    for name, value in trouble.items():
+        setattr(server, name, value)
+    code, out, err = run_cli(server, tmp_path)
+    assert code == 0 and err == "" and out.count("complete") == 3, err
+    assert_complete(server, tmp_path)
+    asked = len(server.starts)
+    code, out, _ = run_cli(server, tmp_path)
+    assert code == 0 and out.count("complete") == 3 and len(server.starts) == asked
+
+
+def test_killed_at_ten_moments_everything_arrives(server, tmp_path):
+    server.files, server.pause = make_coco(), 0.003
+    moments = random.Random(1)
+    codes = [run_cli(server, tmp_path, kill_after=moments.uniform(0.15, 0.5))[0]
+             for _ in range(10)]
+    server.pause = 0
+    assert codes.count(-signal.SIGKILL) >= 3
+    code, _, err = run_cli(server, tmp_path)
+    assert code == 0, err
+    assert_complete(server, tmp_path)
+
+
+def test_a_missing_archive_is_one_line(server, tmp_path):
+    code, out, err = run_cli(server, tmp_path)
+    assert code == 1 and err.count("\n") == 1
+    assert "annotations_trainval2014.zip: HTTP 404" in err
+
+
+def test_a_small_real_set_and_then_everything(server, tmp_path):
+    server.files = make_coco()
+    server.failures = [503]
+    for count in (7, 7, 9):
+        code, out, err = run_cli(server, tmp_path, "--max_images", str(count))
+        assert code == 0 and f"{count} of 30 photos, {5 * count} captions" in out, err
+        for split in ("train", "val"):
+            captions = json.loads((tmp_path / f"annotations/captions_{split}2014.json").read_text())
+            names = [image["file_name"] for image in captions["images"]]
+            assert len(names) == count and len(captions["annotations"]) == 5 * count
+            assert sorted(names) == sorted(p.name for p in (tmp_path / f"{split}2014").iterdir())
+            for name in names:
+                path = tmp_path / f"{split}2014" / name
+                assert path.read_bytes() == server.files[f"/{split}2014/{name}"]
+    assert run_cli(server, tmp_path)[0] == 0
+    assert_complete(server, tmp_path)
+
+
+def test_a_photo_that_is_no_jpeg_is_named(server, tmp_path):
+    server.files = make_coco()
+    server.files["/val2014/COCO_val2014_000000000003.jpg"] = b"<html>sorry</html>"
+    code, _, err = run_cli(server, tmp_path, "--max_images", "5", "--splits", "val")
+    assert code == 1 and "COCO_val2014_000000000003.jpg: what the server sends is no whole" in err
+    assert not (tmp_path / "val2014/COCO_val2014_000000000003.jpg").exists()
+
+
+def test_a_senseless_number_of_images_is_refused(server, tmp_path):
+    code, _, err = run_cli(server, tmp_path, "--max_images", "0")
+    assert code == 2 and "--max_images: 0 must be at least 1" in err

@@ -34,7 +34,7 @@ def test_weights_load_into_the_stock_networks_and_say_the_same():
 def test_decoder_stages_are_those_that_the_stock_decoder_builds(preset):
     """`Decoder` re-creates networks that lack its flags; ours are taken as they are."""
     configs = PRESETS[preset].decoder.unets
-    unets = tuple(build_unet(c, n, D) for n, c in enumerate(configs, start=1))
+    unets = tuple(build_unet(c, n, 96) for n, c in enumerate(configs, start=1))
     decoder = library.Decoder(unets, image_sizes=tuple(c.image_size for c in configs),
                               learned_variance=False, use_noise_for_lowres_cond=True,
                               use_blur_for_lowres_cond=False)
@@ -118,3 +118,9 @@ def test_sizes_that_the_network_cannot_halve_are_named():
     config = replace(TOY.decoder.unets[0], image_size=30)
     with pytest.raises(UserError, match="--image_size"):
         build_unet(config, 1, D)
+
+
+def test_image_tokens_as_wide_as_the_embedding_are_refused():
+    """The library would hand on the embedding itself in place of its tokens."""
+    with pytest.raises(UserError, match="cond_dim 64 needs a CLIP of another embedding size"):
+        build_unet(TOY.decoder.unets[0], 1, 64)

@@ -1,4 +1,9 @@
+import io
 import json
+import os
+import random
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -6,20 +11,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dalle2.checkpoint import load_newest_checkpoint, replace_file, save_checkpoint
+from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
 from dalle2.config import TrainConfig, UserError
+from dalle2.files import hold_lock, replace_file
 from dalle2.logger import MetricsLog, read_metrics
 from dalle2.rng import BatchRandom, derive_seed
-from dalle2.train_loop import check_same_run, compute_lr, split_weight_decay, train
+from dalle2.train_loop import check_same_run, compute_lr_factor, train
 
 CONFIG = TrainConfig(num_steps=8, batch_size=4, lr=1e-2, warmup_steps=2, weight_decay=0.1,
                      ema_decay=0.9, save_every=4, validate_every=4)
 
 
-def run_training(folder, config=CONFIG, stop_at=None, compute_loss=None):
-    """Trains a small network on fixed numbers; returns (exported weights, raw weights, metrics)."""
+def run_training(folder, config=CONFIG, stop_at=None, compute_loss=None, at_step=None, **options):
+    """Trains a small network on fixed numbers; returns (exported weights, raw weights, metrics).
+    stop_at: the step that dies; at_step: called with the number of each step."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
+    module = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
     exported = {}
 
     def default_loss(module, batch, random):
@@ -28,15 +35,21 @@ def run_training(folder, config=CONFIG, stop_at=None, compute_loss=None):
     def draw_batch(step, rows, random):
         if step == stop_at:
             raise KeyboardInterrupt
+        if at_step:
+            at_step(step)
         return {"x": random.rand(3)}
+
+    def export(state, step, best):
+        into = exported if not best else options.get("best_exports", {})
+        into.update({k: v.clone() for k, v in state.items()}, step=step)
     try:
         train(module=module, compute_loss=compute_loss or default_loss, draw_batch=draw_batch,
               train_config=config, run_dir=folder, header={"lr": config.lr},
-              accelerator=Accelerator(cpu=True),
-              export=lambda state, step: exported.update(
-                  {k: v.clone() for k, v in state.items()}))
+              accelerator=Accelerator(cpu=True), export=export, log_with="none",
+              **{name: value for name, value in options.items() if name != "best_exports"})
     except KeyboardInterrupt:
         pass
+    exported.pop("step", None)
     return exported, module.state_dict(), read_metrics(folder / "metrics.jsonl")
 
 
@@ -76,23 +89,18 @@ def test_accumulation_changes_nothing(tmp_path):
 
 def test_learning_rate_warms_up_and_falls(tmp_path):
     config = replace(CONFIG, num_steps=100, warmup_steps=9)
-    lrs = [compute_lr(config, step) for step in range(100)]
-    assert lrs[0] == pytest.approx(config.lr / 10) and max(lrs) == pytest.approx(config.lr)
-    assert lrs.index(max(lrs)) == 9 and lrs[99] < 0.01 * config.lr
-    assert compute_lr(replace(config, lr_schedule="constant"), 99) == config.lr
+    factors = [compute_lr_factor(config, step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1)
+    assert factors.index(max(factors)) == 9 and factors[99] < 0.01
+    assert compute_lr_factor(replace(config, lr_schedule="constant"), 99) == 1
     *_, metrics = run_training(tmp_path)
-    assert [m["lr"] for m in metrics] == [compute_lr(CONFIG, step) for step in range(8)]
-
-
-def test_only_matrices_decay():
-    module = nn.Sequential(nn.Linear(3, 5), nn.GroupNorm(1, 5), nn.Conv2d(5, 5, 3))
-    decayed, others = split_weight_decay(module, 0.1)
-    assert [p.ndim for p in decayed["params"]] == [2, 4] and decayed["weight_decay"] == 0.1
-    assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
+    assert [m["lr"] for m in metrics] == [CONFIG.lr * compute_lr_factor(CONFIG, step)
+                                          for step in range(8)]
 
 
 @pytest.mark.parametrize("field, value", [("max_grad_norm", 1e-4), ("weight_decay", 5.0),
-                                          ("adam_beta2", 0.5), ("seed", 1)])
+                                          ("adam_beta2", 0.5), ("seed", 1),
+                                          ("lr", 1e-3)])
 def test_optimizer_settings_are_at_work(tmp_path, field, value):
     before, *_ = run_training(tmp_path / "a")
     after, *_ = run_training(tmp_path / "b", replace(CONFIG, **{field: value}))
@@ -145,7 +153,7 @@ def test_a_write_that_dies_leaves_the_file_of_before(tmp_path):
 
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {"step": step})
+        save_checkpoint(tmp_path, {"step": step})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
     newest = tmp_path / "step_00000003.pt"
     newest.write_bytes(newest.read_bytes()[:40])
@@ -156,5 +164,134 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, cap
 def test_metrics_of_a_run_that_was_cut_off_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + '\n{"ste')
-    MetricsLog(path, step=1).write([{"step": 2, "loss": 3.0}])
-    assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 3.0}]
+    with MetricsLog(tmp_path, step=1, log_with="tensorboard") as log:
+        log.write([{"step": 2, "loss": 3.0, "grad_norm": float("nan")}])
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 3.0, "grad_norm": None}]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+# ----------------------------------------------------------------------------------------------
+# signals, guards, the best checkpoint
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on_with_the_same_bits(tmp_path, number, muon_lr):
+    config = replace(CONFIG, save_every=100, muon_lr=muon_lr)
+    whole, _, metrics = run_training(tmp_path / "whole", config)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        run_training(tmp_path / "parts", config,
+                     at_step=lambda step: step == 2 and os.kill(os.getpid(), number))
+    assert stopped.value.code == 128 + number
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert load_newest_checkpoint(tmp_path / "parts" / "checkpoints")["step"] == 3
+    resumed, _, again = run_training(tmp_path / "parts", config)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [m["loss"] for m in again] == [m["loss"] for m in metrics]
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, muon_lr):
+    weights = []
+
+    def compute_loss(module, batch, random):
+        weights.append([p.detach().clone() for p in module.parameters()])
+        loss = module(batch["x"]).square().mean(1)
+        return loss * float("nan") if len(weights) == 4 else loss
+    *_, metrics = run_training(tmp_path, replace(CONFIG, muon_lr=muon_lr),
+                               compute_loss=compute_loss)
+    assert [m["step"] for m in metrics if m.get("skipped")] == [4]
+    for before, after, later in zip(weights[3], weights[4], weights[5]):
+        assert torch.equal(before, after) and torch.isfinite(later).all()
+    assert not all(torch.equal(a, b) for a, b in zip(weights[4], weights[5]))
+
+
+def test_a_run_that_never_has_a_finite_gradient_stops_with_a_word(tmp_path):
+    with pytest.raises(UserError, match="--lr: .* no finite gradient in 20 steps up to step 20"):
+        run_training(tmp_path, replace(CONFIG, num_steps=60, save_every=100),
+                     compute_loss=lambda m, b, r: m(b["x"]).mean(1) * float("inf"))
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    with hold_lock(tmp_path / ".lock"), pytest.raises(UserError, match="in use by another"):
+        run_training(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    def full(state, path, save=torch.save):
+        if state["step"] > 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left.*last good checkpoint is step_00000002.pt"):
+        run_training(tmp_path, replace(CONFIG, save_every=2))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.pt"]
+    assert capsys.readouterr().out.count("warning: ") == 2  # at steps 4 and 6 it went on
+
+
+def test_the_best_weights_by_validation_are_exported_beside_the_last(tmp_path):
+    best, seen = {}, []
+
+    def validate(module, brief):
+        seen.append((brief, module.training))
+        return {"val_loss": [5.0, 5.5, 3.0, 3.5, 4.0, 4.5, 9.0, 9.5][len(seen) - 1]}
+    *_, metrics = run_training(tmp_path, replace(CONFIG, validate_every=2), validate=validate,
+                               best_exports=best)
+    assert seen == [(False, False), (True, False)] * 4
+    assert [(m["step"], m["val_loss"], m["val_loss_raw"]) for m in metrics if "val_loss" in m] == [
+        (2, 5.0, 5.5), (4, 3.0, 3.5), (6, 4.0, 4.5), (8, 9.0, 9.5)]
+    assert best["step"] == 4
+    assert load_newest_checkpoint(tmp_path / "checkpoints")["best"] == {"step": 4, "val_loss": 3.0}
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_checkpoints_are_also_written_by_the_clock(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr("dalle2.train_loop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("dalle2.train_loop.LOG_EVERY", 1)
+    steps = []
+    run_training(tmp_path, replace(CONFIG, save_every=100, save_minutes=1.0, validate_every=100),
+                 sample=lambda module, path: steps.append(path.name))
+    assert steps[:2] == ["step_00000002.jpg", "step_00000004.jpg"]
+
+
+def test_lack_of_gpu_memory_names_the_flags_that_help(tmp_path):
+    def compute_loss(module, batch, random):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UserError, match="--gradient_accumulation_steps: .* 2 instead of 1"):
+        run_training(tmp_path, compute_loss=compute_loss)
+
+
+def test_killed_a_hundred_times_while_saving_there_is_always_a_checkpoint(tmp_path, monkeypatch):
+    """A forked process saves over and over onto a slow disk and is killed at a random moment."""
+    def slow_save(state, path):
+        content = io.BytesIO()
+        save(state, content)
+        with open(path, "wb") as file:
+            for i in range(0, len(content.getvalue()), 500):
+                file.write(content.getvalue()[i:i + 500])
+                file.flush()
+                time.sleep(0.001)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", slow_save)
+    save_checkpoint(tmp_path, {"step": 0, "x": torch.zeros(500)})
+    step, torn = 0, 0
+    for seed in range(100):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    step += 1
+                    save_checkpoint(tmp_path, {"step": step, "x": torch.full((500,), step)})
+            finally:
+                os._exit(1)
+        time.sleep(random.Random(seed).uniform(0.002, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        torn += bool(list(tmp_path.glob("*.part")))
+        state = load_newest_checkpoint(tmp_path)
+        assert state["step"] >= step and (state["x"] == state["step"]).all()
+        step = state["step"]
+    assert torn > 30 and step > 20

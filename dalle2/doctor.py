@@ -1,0 +1,246 @@
+"""A look at data, CLIP and machine before a long training: `python -m dalle2.doctor`, a minute.
+
+Takes the flags of the training scripts. Every line begins with ok, warning or error; a warning or
+error says what to do. Writes five random pairs to look at; prepares and trains nothing.
+"""
+
+import os
+import random
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2 import functional as TF
+
+from dalle2 import cli
+from dalle2.config import PRESETS, UserError
+from dalle2.data import STORE_IMAGE_SIZE, load_captions, load_image
+from dalle2.metrics import compute_recall
+from dalle2.models import build_prior, build_unet
+from dalle2.prepare import BYTES_A_PICTURE
+
+NUM_PICTURES, NUM_CAPTIONS, NUM_PAIRS = 64, 2000, 5
+
+
+class Report:
+    """Prints the lines and counts the errors."""
+
+    def __init__(self):
+        self.errors = 0
+
+    def ok(self, text):
+        print(f"ok       {text}", flush=True)
+
+    def warning(self, text):
+        print(f"warning  {text}", flush=True)
+
+    def error(self, text):
+        self.errors += 1
+        print(f"error    {text}", flush=True)
+
+    def check(self, good, text, advice, level="warning"):
+        """`text` if it is `good`, otherwise `text` and what to do, as `level`."""
+        self.ok(text) if good else getattr(self, level)(f"{text}: {advice}")
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    cli.add_data_flags(parser)
+    cli.add_clip_flags(parser)
+    parser.add_argument("--output_dir", default="output/doctor", help="where the five pairs go")
+    parser.add_argument("--preset", default="base", choices=list(PRESETS),
+                        help="whose training time is estimated")
+    parser.add_argument("--seed", type=int, default=0, help="of the random pictures")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    report = Report()
+    preset = PRESETS[args.preset]
+    records = check_captions(args, report)
+    sample = random.Random(args.seed).sample(records, min(NUM_PICTURES, len(records)))
+    pictures = check_pictures(sample, report)
+    if not pictures:
+        sys.exit(1)
+    path = Path(args.output_dir) / "pairs.jpg"
+    save_pairs(pictures[:NUM_PAIRS], path)
+    report.ok(f"five random pairs to look at: {path}")
+    clip = check_clip(args, records, pictures, preset, report)
+    check_machine(args, records, clip, report)
+    estimate_training(preset, clip.embed_dim if clip else 768, report)
+    sys.exit(1 if report.errors else 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# data
+
+
+def check_captions(args, report):
+    """The train records; counts of both splits are reported."""
+    for split in ("val", "train"):
+        annot_path, img_path = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
+        if split == "val" and not annot_path:
+            report.warning("no validation split: give --val_annot_path, to see over-training")
+            continue
+        records = load_captions(annot_path, img_path, split)
+        counts = [len(record.captions) for record in records]
+        missing = [r.path for r in records if not os.path.isfile(r.path)]
+        report.check(not missing, f"{split}: {len(records)} pictures, {sum(counts)} captions, "
+                     f"{min(counts)} to {max(counts)} a picture", f"{len(missing)} pictures are "
+                     f"missing, such as {missing[:1]}; they will be left out")
+    return records
+
+
+def check_pictures(sample, report):
+    """[(record, image (3, 256, 256) uint8)] of those that can be read."""
+    pictures, start = [], time.perf_counter()
+    for record in sample:
+        try:
+            pictures.append((record, load_image(record.path)))
+        except (OSError, ValueError) as error:
+            report.warning(f"{record.path}: {error}; it will be left out")
+    rate = len(sample) / (time.perf_counter() - start)
+    report.check(pictures, f"{len(pictures)} of {len(sample)} random pictures can be read, "
+                 f"{rate:.0f} a second on one core", "look at --train_img_path", "error")
+    if pictures:
+        pixels = torch.stack([image for _, image in pictures]).float()
+        low, high, mean, flat = (pixels.min(), pixels.max(), pixels.mean(),
+                                 (pixels.std((1, 2, 3)) < 2).sum())
+        report.check(high > 200 and low < 55 and flat < len(pictures) / 4,
+                     f"pixels from {low:.0f} to {high:.0f}, mean {mean:.0f}, {flat} pictures of "
+                     "one color", "these do not look like photographs; look at the pairs")
+    return pictures
+
+
+def save_pairs(pairs, path):
+    """One JPEG: each picture above its captions."""
+    sheet = Image.new("RGB", ((STORE_IMAGE_SIZE + 8) * len(pairs), STORE_IMAGE_SIZE + 130), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (record, image) in enumerate(pairs):
+        left = column * (STORE_IMAGE_SIZE + 8) + 4
+        sheet.paste(TF.to_pil_image(image), (left, 4))
+        text = "\n".join(textwrap.fill(f"- {caption}", 42) for caption in record.captions[:5])
+        draw.multiline_text((left, STORE_IMAGE_SIZE + 8), text[:400], fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, quality=90)
+
+
+# ----------------------------------------------------------------------------------------------
+# CLIP
+
+
+def check_clip(args, records, pictures, preset, report):
+    """The FrozenClip, or None where it cannot be had."""
+    try:
+        clip = cli.ClipSource(args.clip_model, args.clip_pretrained).load()
+    except UserError as error:
+        report.error(str(error))
+        return None
+    report.check(clip.embed_dim == clip.text_width, f"CLIP {args.clip_model} "
+                 f"{args.clip_pretrained}: {clip.image_size} px, embedding {clip.embed_dim}, text "
+                 f"width {clip.text_width}", "the prior needs a CLIP where both are the same; "
+                 "choose another --clip_model", "error")
+    captions = [caption for record in records for caption in record.captions]
+    captions = random.Random(0).sample(captions, min(NUM_CAPTIONS, len(captions)))
+    start = time.perf_counter()
+    text_tokens = clip.tokenize(captions)  # begins with start and holds end, or it raises
+    rate = len(captions) / (time.perf_counter() - start)
+    lengths = clip.compute_text_mask(text_tokens).sum(1)
+    limit = preset.prior.max_text_len
+    longer = (lengths > limit).float().mean().item()
+    report.check(longer < 0.01, f"tokens: start and end in each of {len(captions)} captions, "
+                 f"{lengths.float().mean():.1f} on average, {int(lengths.max())} at most, "
+                 f"{100 * longer:.2f} % longer than max_text_len {limit}, {rate:.0f} captions a "
+                 "second", "longer captions are cut")
+    check_embeddings(clip, pictures, report)
+    return clip
+
+
+def check_embeddings(clip, pictures, report):
+    image_embed = torch.cat([clip.embed_image(image[None]) for _, image in pictures])  # (N, D)
+    text_embed = clip.embed_text(clip.tokenize([r.captions[0] for r, _ in pictures]))[0]
+    norms = image_embed.norm(dim=-1)
+    mean = image_embed.mean(0).norm().item()
+    report.check(abs(norms - 1).max() < 1e-3 and mean < 0.99,
+                 f"image embeddings: norm {norms.min():.3f} to {norms.max():.3f}, norm of their "
+                 f"mean {mean:.3f} (1: all alike), spread a dimension "
+                 f"{image_embed.std(0).mean() * clip.embed_dim ** 0.5:.3f}",
+                 "the pictures look alike to this CLIP", "error")
+    matching = (image_embed * text_embed).sum(-1).mean().item()
+    shuffled = (image_embed * text_embed.roll(1, 0)).sum(-1).mean().item()
+    recall = compute_recall(text_embed, image_embed, (1,))["recall@1"]
+    report.check(len(pictures) < 8 or (matching > shuffled + 0.02 and recall > 3 / len(pictures)),
+                 f"CLIP: cosine of picture and its caption {matching:.3f}, another caption "
+                 f"{shuffled:.3f}, recall@1 among {len(pictures)}: {recall:.2f} (chance "
+                 f"{1 / len(pictures):.2f})", "this CLIP does not tell these captions apart; train "
+                 "it longer, or look whether pictures and captions belong together")
+
+
+# ----------------------------------------------------------------------------------------------
+# machine
+
+
+def check_machine(args, records, clip, report):
+    folder = Path(args.store_dir)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    captions = sum(len(record.captions) for record in records)
+    width = clip.embed_dim if clip else 768
+    embeddings = 2 * width * (len(records) + captions * 15) / 1e9  # about 14 tokens a caption
+    pixels, jpeg = (len(records) * size / 1e9 for size in BYTES_A_PICTURE.values())
+    report.check(pixels + embeddings < free, f"disk: the store takes {pixels:.1f} GB of pictures "
+                 f"and about {embeddings:.1f} GB of embeddings, {free:.0f} GB are free at {folder}",
+                 f"coco_prepare.py --image_format jpeg takes {jpeg:.1f} GB for the pictures; or "
+                 "another --store_dir")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    report.check(memory > 7, f"memory: {memory:.0f} GB", "8 GB are needed")
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        report.ok(f"{torch.cuda.device_count()} x {found.name}, {found.total_memory / 1e9:.0f} GB")
+    else:
+        report.warning(f"no GPU, {len(os.sched_getaffinity(0))} CPU cores: --preset toy is made "
+                       "for that")
+
+
+def estimate_training(preset, embed_dim, report):
+    """Times a step of a few samples for each network of the preset on this machine."""
+    device = cli.pick_device()
+    rows = 16 if device.type == "cuda" else 2
+    noise = torch.randn(rows, embed_dim, device=device)
+    t = torch.zeros(rows, dtype=torch.long, device=device)
+    text = torch.randn(rows, preset.prior.max_text_len, embed_dim, device=device)
+    jobs = [("prior", build_prior(preset.prior, embed_dim), preset.prior.train, lambda net: net(
+        noise, t, text_embed=noise, text_encodings=text, text_cond_drop_prob=t.float()))]
+    for number, config in enumerate(preset.decoder.unets, start=1):
+        side = config.crop_size or config.image_size
+        image = torch.randn(rows, 3, side, side, device=device)
+        condition = dict(image_embed=noise, image_cond_drop_prob=t.float()) if number == 1 else \
+            dict(image_embed=None, lowres_cond_img=image, lowres_noise_level=t)
+        jobs.append((f"unet {number}", build_unet(config, number, embed_dim), config.train,
+                     lambda net, image=image, condition=condition: net(image, t, **condition)))
+    amp = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    for name, network, train, forward in jobs:
+        network.to(device)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with amp:
+                loss = forward(network).float().square().mean()
+            loss.backward()
+            loss.item()
+            seconds.append(time.perf_counter() - start)
+        hours = min(seconds) / rows * train.batch_size * train.num_steps / 3600
+        told = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+        report.check(hours < 24 * 30, f"{name}: about {told} for {train.num_steps} steps of "
+                     f"{train.batch_size} on one such device", "choose a smaller --preset, more "
+                     "devices or fewer --num_steps")
+
+
+if __name__ == "__main__":
+    cli.run(main)

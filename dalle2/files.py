@@ -1,0 +1,114 @@
+"""Files that a process killed at any moment leaves whole: renamed into place, or grown by steps."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+def replace_file(path, write):
+    """Calls `write(temporary path)`, then renames what it wrote to `path`, durably."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def build_once(folder, source, build):
+    """Makes `folder` by `build(part folder)`, unless it was made from the same `source` before.
+
+    `source` is what the folder is made from, as JSON; it is recorded in `<folder>/source.json`. A
+    part folder that an interrupted build from the same source left is handed to `build` again. Of
+    several processes the first builds and the others wait for it. Returns `folder`.
+    """
+    folder = Path(folder)
+    with hold_lock(folder.with_name(f".{folder.name}.lock"),
+                   told=f"waiting for another process that makes {folder}"):
+        if _read_source(folder) != source:
+            part = folder.with_name(folder.name + ".part")
+            if _read_source(part) != source:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                replace_file(part / "source.json", lambda path: path.write_text(json.dumps(source)))
+            build(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.replace(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def hold_lock(path, wait=True, told=None):
+    """Holds the lock file `path`, which dying gives back. Where another process holds it: waits,
+    printing `told` once, or raises `told` at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise told from None
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                print(told, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_source(folder):
+    path = folder / "source.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+class GrowingFiles:
+    """Files of one folder that grow together, a step at a time, with a note on each step.
+
+    Opened again after a kill, it drops what the last step did not finish: `notes` lists the steps
+    that are there. `names` are the files; `<folder>/journal.jsonl` records their sizes.
+    """
+
+    def __init__(self, folder, names):
+        folder = Path(folder)
+        journal = folder / "journal.jsonl"
+        self.notes, ends, size = [], dict.fromkeys(names, 0), 0
+        lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+        for line in lines:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if row is None or any(os.path.getsize(folder / name) < row["ends"][name]
+                                  for name in names):
+                break
+            self.notes.append(row["note"])
+            ends, size = row["ends"], size + len(line)
+        self.files = {name: _open_at(folder / name, ends[name]) for name in names}
+        self.journal = _open_at(journal, size)
+
+    def append(self, blocks, note):
+        """blocks: {name: bytes} for every file; note: anything as JSON."""
+        for name, block in blocks.items():
+            self.files[name].write(block)
+            _flush(self.files[name])
+        ends = {name: file.tell() for name, file in self.files.items()}
+        self.journal.write(json.dumps({"ends": ends, "note": note}).encode() + b"\n")
+        _flush(self.journal)
+
+    def close(self):
+        for file in (*self.files.values(), self.journal):
+            file.close()
+
+
+def _open_at(path, size):
+    file = open(path, "ab")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _flush(file):
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,95 @@
+"""The optimizers: AdamW, and Muon for a network that must learn much from few samples.
+
+Muon (Jordan 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the
+nearest orthogonal one, so that every direction is learned at the same rate. `torch.optim.Muon`
+takes matrices only; this one takes convolution kernels as well, as (out, in * height * width), and
+it orthogonalizes in the small Gram matrix and matrices of one shape together: on two CPU cores
+43 ms instead of 78 for the toy preset's base stage.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+NEWTON_SCHULZ = 3.4445, -4.775, 2.0315  # coefficients of Jordan 2024
+NEWTON_SCHULZ_STEPS = 5
+
+
+def build_optimizers(module, config):
+    """[AdamW] for a TrainConfig, or [AdamW, Muon] where `muon_lr` asks for it. Each group carries
+    its `peak_lr`. Matrices and kernels decay; gains, biases and single vectors do not."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    matrices = list_matrices(module) if config.muon_lr else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in params if id(p) not in chosen]
+    groups = [{"params": [p for p in rest if p.squeeze().ndim >= 2],
+               "weight_decay": config.weight_decay, "peak_lr": config.lr},
+              {"params": [p for p in rest if p.squeeze().ndim < 2],
+               "weight_decay": 0.0, "peak_lr": config.lr}]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2),
+                                    fused=True)]
+    if matrices:
+        optimizers.append(Muon([{"params": matrices, "peak_lr": config.muon_lr}],
+                               lr=config.muon_lr, weight_decay=config.weight_decay))
+    return optimizers
+
+
+def list_matrices(module):
+    """The trainable weights of linear and convolution layers with eight or more rows and columns.
+    """
+    weights = [getattr(layer, name, None) for layer in module.modules()
+               if isinstance(layer, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
+               for name in ("weight", "in_proj_weight")]
+    return list(dict.fromkeys(w for w in weights if w is not None and w.requires_grad
+                              and min(w.flatten(1).shape) >= 8))
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalized; decoupled weight decay. Like torch's fused AdamW it leaves
+    everything alone at a step where its attribute `found_inf`, a tensor, is not zero."""
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        if getattr(self, "found_inf", None) is not None and self.found_inf.item():
+            return
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            by_shape = defaultdict(list)
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                state["momentum"].mul_(momentum).add_(param.grad)
+                update = param.grad.add(state["momentum"], alpha=momentum).flatten(1)
+                is_tall = update.shape[0] > update.shape[1]
+                update = update.T if is_tall else update
+                by_shape[update.shape].append((param, is_tall, update))
+            for rows in by_shape.values():
+                updates = orthogonalize(torch.stack([update for _, _, update in rows]))
+                for (param, is_tall, _), update in zip(rows, updates):
+                    update = update.T if is_tall else update
+                    scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
+                    param.mul_(1 - lr * group["weight_decay"])
+                    param.add_(update.reshape(param.shape), alpha=-lr * scale)
+
+
+def orthogonalize(matrices):
+    """Wide matrices (B, R, C), R <= C, with all their singular values brought near 1: Newton-Schulz
+    iterations X <- (a + b A + c A^2) X with A = X X^T, carried out on A (B, R, R) alone."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    gram, product = torch.bmm(x, x.mT), None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else torch.bmm(factor, product)
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return torch.bmm(product, x)

@@ -1,0 +1,216 @@
+"""Makes the prepared store: every photo decoded once, every photo and caption embedded once.
+
+Killed at any moment, the same call goes on where it was and ends with the same bytes.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import UnidentifiedImageError
+from torchvision.io import encode_jpeg
+from tqdm import tqdm
+
+from dalle2.config import UserError
+from dalle2.data import STORE_IMAGE_SIZE, Store, find_image_format, load_captions, load_image
+from dalle2.files import GrowingFiles, build_once
+
+BYTES_A_PICTURE = {"uint8": 3 * STORE_IMAGE_SIZE ** 2, "jpeg": 36_000}  # the latter: COCO's mean
+JPEG_QUALITY = 95
+IMAGES_A_STEP, CAPTIONS_A_STEP, BATCH_SIZE = 256, 4096, 256
+
+
+def prepare_store(img_path, annot_path, store_dir, *, split="train", clip=None, fingerprint="",
+                  max_images=None, image_format=None, strict=False, num_workers=None,
+                  progress=True):
+    """The Store of a picture folder and its captions file, made where it is not there yet.
+
+    clip, fingerprint: a function that loads the FrozenClip to embed with, and the hex digits that
+    name its weights; None leaves the embeddings out. max_images: the first so many pictures only.
+    image_format: "uint8", or "jpeg" for a small disk; None: what is there, or uint8.
+    strict: a picture that cannot be read is a UserError instead of being left out.
+    """
+    records = load_captions(annot_path, img_path, split, max_images)
+    name = os.path.basename(os.path.normpath(img_path))
+    source = {"img_path": os.path.abspath(img_path), "max_images": max_images,
+              "annotations": hashlib.sha256(Path(annot_path).read_bytes()).hexdigest(),
+              "image_size": STORE_IMAGE_SIZE}
+    key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
+    folder = Path(store_dir) / f"{name}-{key}"
+    num_workers = num_workers or len(os.sched_getaffinity(0))
+    build_once(folder / "images", source, lambda part: prepare_images(
+        records, part, num_workers=num_workers, image_format=image_format, strict=strict,
+        progress=progress))
+    store = Store(folder)
+    if image_format not in (None, store.image_format):
+        raise UserError(f"--image_format: {folder} holds {store.image_format} already; delete it "
+                        "or choose another --store_dir")
+    if strict and len(store) < len(records):
+        raise UserError(f"--strict: {folder} was made with {len(records) - len(store)} of "
+                        f"{len(records)} pictures left out; delete it and mend them")
+    if clip is None:
+        return store
+    embed_folder = build_once(
+        folder / f"clip-{fingerprint}", {"fingerprint": fingerprint},
+        lambda part: prepare_embeddings(store, clip(), part, progress=progress))
+    return Store(folder, embed_folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# pictures
+
+
+def prepare_images(records, folder, *, num_workers, image_format=None, strict=False, progress=True):
+    """Decodes `records` into `<folder>/images.<image_format>`, one picture after the other, with
+    `images.json` (ids, file names, captions) and `image_start.npy` (offsets in bytes) beside it. A
+    picture that cannot be read is left out with a line."""
+    image_format = find_image_format(folder) or image_format or "uint8"
+    name = f"images.{image_format}"
+    files = GrowingFiles(folder, [name])
+    told = [word for note in files.notes for word in note]  # a picture: its size, or what is wrong
+    announce(folder, f"{len(records)} pictures", (len(records) - len(told))
+             * BYTES_A_PICTURE[image_format], progress)
+    chunks = [records[i:i + IMAGES_A_STEP] for i in range(len(told), len(records), IMAGES_A_STEP)]
+    read = partial(_read_picture, image_format=image_format)
+    with ThreadPoolExecutor(num_workers) as pool, _one_thread(), \
+            _show(len(records), len(told), "decoding", " pictures", progress) as bar:
+        ahead = pool.map(read, chunks[0]) if chunks else None
+        for number, chunk in enumerate(chunks, start=1):
+            results = ahead
+            ahead = pool.map(read, chunks[number]) if number < len(chunks) else None
+            blocks, note = [], []
+            for record, (block, reason) in zip(chunk, results):
+                if reason and strict:
+                    raise UserError(f"--strict: {record.path}: {reason}")
+                if reason:
+                    tqdm.write(f"warning: {record.path} is left out ({reason})")
+                blocks.append(block)
+                note.append(reason or len(block))
+                bar.update()
+            files.append({name: b"".join(blocks)}, note)
+            told += note
+    files.close()
+    kept = [(record, word) for record, word in zip(records, told) if isinstance(word, int)]
+    if not kept:
+        raise UserError(f"none of {len(records)} pictures could be read, such as "
+                        f"{records[0].path} ({told[0]})")
+    if len(kept) < len(records):
+        tqdm.write(f"warning: {len(records) - len(kept)} of {len(records)} pictures are left out")
+    (folder / "images.json").write_text(json.dumps(
+        [[r.image_id, os.path.basename(r.path), r.captions] for r, _ in kept]))
+    np.save(folder / "image_start.npy", np.cumsum([0, *(size for _, size in kept)]))
+
+
+def _read_picture(record, image_format):
+    """(bytes of a picture as the store keeps it, "") or (b"", what is wrong with the file)."""
+    try:
+        image = load_image(record.path)
+    except FileNotFoundError:
+        return b"", "no such file"
+    except UnidentifiedImageError:
+        return b"", "not a picture" if os.path.getsize(record.path) else "an empty file"
+    except (OSError, ValueError) as error:
+        return b"", str(error)
+    if image_format == "jpeg":
+        image = encode_jpeg(image, JPEG_QUALITY)
+    return image.numpy().tobytes(), ""
+
+
+# ----------------------------------------------------------------------------------------------
+# embeddings
+
+
+def prepare_embeddings(store, clip, folder, progress=True):
+    """Embeds the pictures of `store` (N) and their captions (M) with a FrozenClip into `folder`:
+    image_embed (N, D), text_tokens (M, L), text_embed (M, D) and text_encodings (sum of caption
+    lengths, D), float16, with the lengths as token_start (M + 1,)."""
+    captions = [caption for group in store.captions for caption in group]
+    text_tokens = clip.tokenize(captions)
+    lengths = clip.compute_text_mask(text_tokens).sum(1)  # (M,)
+    token_start = np.concatenate([[0], lengths.cumsum(0).numpy()])
+    np.save(folder / "token_start.npy", token_start)
+    np.save(folder / "text_tokens.npy", text_tokens.numpy().astype(np.uint16))
+    shapes = {"image_embed.npy": (len(store), clip.embed_dim),
+              "text_embed.npy": (len(captions), clip.embed_dim),
+              "text_encodings.npy": (int(token_start[-1]), clip.text_width)}
+    announce(folder, f"embeddings of {len(store)} pictures and {len(captions)} captions",
+             2 * sum(a * b for a, b in shapes.values()), progress)
+    files = GrowingFiles(folder, list(shapes))
+    if not files.notes:
+        files.append({name: _build_npy_header(shape) for name, shape in shapes.items()}, [0, 0])
+    images_done, captions_done = (sum(note[kind] for note in files.notes) for kind in (0, 1))
+
+    with _show(len(store), images_done, "embedding pictures", " pictures", progress) as bar:
+        for start in range(images_done, len(store), BATCH_SIZE):
+            batch = torch.from_numpy(store.images[start:start + BATCH_SIZE].copy())
+            files.append({"image_embed.npy": _to_bytes(clip.embed_image(batch))}, [len(batch), 0])
+            bar.update(len(batch))
+    with _show(len(captions), captions_done, "embedding captions", " captions", progress) as bar:
+        for start in range(captions_done, len(captions), CAPTIONS_A_STEP):
+            window = slice(start, start + CAPTIONS_A_STEP)
+            text_embed, text_encodings = _embed_captions(clip, text_tokens[window], lengths[window])
+            files.append({"text_embed.npy": _to_bytes(text_embed),
+                          "text_encodings.npy": _to_bytes(text_encodings)}, [0, len(text_embed)])
+            bar.update(len(text_embed))
+    files.close()
+
+
+def _embed_captions(clip, text_tokens, lengths):
+    """(B, D) and (sum of lengths, D), computed in batches of captions of about the same length."""
+    order = lengths.argsort()
+    embeds, encodings = [None] * len(order), [None] * len(order)
+    for rows in order.split(BATCH_SIZE):
+        text_embed, text_encodings = clip.embed_text(text_tokens[rows])
+        for row, embed, encoding in zip(rows.tolist(), text_embed.half().cpu(),
+                                        text_encodings.half().cpu()):
+            embeds[row], encodings[row] = embed, encoding[:lengths[row]]
+    return torch.stack(embeds), torch.cat(encodings)
+
+
+def _to_bytes(array):
+    return array.half().cpu().numpy().tobytes()
+
+
+def _build_npy_header(shape):
+    """What a float16 .npy file of `shape` begins with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------
+# telling
+
+
+def announce(folder, what, num_bytes, progress=True):
+    """Says how much disk `what` will take; UserError where there is less."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(f"--store_dir: {what} need {num_bytes / 1e9:.1f} GB in {folder.parent}, "
+                        f"{free / 1e9:.1f} GB are free")
+    if progress:
+        print(f"{folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
+
+
+def _show(total, done, what, unit, progress):
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None if progress else True)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """One thread of torch in each worker; restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

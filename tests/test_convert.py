@@ -1,0 +1,130 @@
+"""Weights to and from the stock classes of dalle2-pytorch, through the command line."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from dalle2_pytorch import dalle2_pytorch as library
+
+from dalle2 import cli, convert
+from dalle2.checkpoint import load_export, save_export
+from dalle2.config import PRESETS, config_to_dict
+from dalle2.models import build_prior, build_unet, load_decoder, load_prior
+
+TOY, D = PRESETS["toy"], 128
+
+
+@pytest.fixture
+def run_convert(monkeypatch, clip_path):
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["convert", "--clip_pretrained", str(clip_path),
+                                          *map(str, flags)])
+        convert.main()
+    return run
+
+
+def build_library_prior(**options):
+    network = library.DiffusionPriorNetwork(dim=D, depth=TOY.prior.depth, heads=TOY.prior.heads,
+                                            dim_head=TOY.prior.dim_head, max_text_len=26, **options)
+    return library.DiffusionPrior(network, image_embed_dim=D)
+
+
+def build_library_decoder():
+    unets = [library.Unet(
+        dim=c.dim, dim_mults=c.dim_mults, image_embed_dim=D, num_resnet_blocks=0,
+        self_attn=(False,) * len(c.dim_mults), attn_heads=4, attn_dim_head=32,
+        memory_efficient=True, init_cross_embed=False, init_conv_kernel_size=3,
+        cond_dim=c.cond_dim or c.dim, num_image_tokens=c.num_image_tokens,
+        cond_on_image_embeds=number == 1, lowres_cond=number > 1, lowres_noise_cond=number > 1)
+        for number, c in enumerate(TOY.decoder.unets, start=1)]
+    return library.Decoder(tuple(unets), image_sizes=(32, 256), learned_variance=False,
+                           use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
+
+
+def run_prior(network):
+    torch.manual_seed(1)
+    return network(torch.randn(3, D), torch.tensor([0, 500, 999]), text_embed=torch.randn(3, D),
+                   text_encodings=torch.randn(3, 9, D))
+
+
+def run_unet(network):
+    torch.manual_seed(1)
+    return network(torch.randn(2, 3, 32, 32), torch.tensor([3, 700]), image_embed=torch.randn(2, D))
+
+
+@torch.no_grad()
+def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
+    ours = build_prior(TOY.prior, D).eval()
+    save_export(tmp_path / "a.safetensors", "prior", {
+        "config": config_to_dict(TOY.prior), "embed_dim": D, "clip": {}, "step": 1},
+        {f"net.{name}": value for name, value in ours.state_dict().items()})
+    run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")
+    stock = build_library_prior().eval()
+    stock.load_state_dict(torch.load(
+        tmp_path / "b.pt", map_location="cpu", weights_only=True), strict=True)
+    torch.testing.assert_close(run_prior(stock.net), run_prior(ours), atol=1e-5, rtol=1e-4)
+    run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors")
+    weights = [load_export(tmp_path / f"{name}.safetensors", "prior", "x")[1] for name in "ac"]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@torch.no_grad()
+def test_a_decoder_goes_to_the_stock_class_and_back(run_convert, tmp_path):
+    unets = [build_unet(c, n, D).eval() for n, c in enumerate(TOY.decoder.unets, start=1)]
+    stages = [{"config": config_to_dict(c), "step": 1} for c in TOY.decoder.unets]
+    save_export(tmp_path / "a.safetensors", "decoder",
+                {"embed_dim": D, "clip": {}, "stages": stages},
+                {f"unets.{i}.{name}": value for i, unet in enumerate(unets)
+                 for name, value in unet.state_dict().items()})
+    run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")
+    state = torch.load(tmp_path / "b.pt", map_location="cpu", weights_only=True)
+    stock = build_library_decoder().eval()
+    for name in [name for name in state if "schedulers.0" in name]:
+        assert state[name].shape == stock.state_dict()[name].shape  # linear here, cosine there
+    stock.load_state_dict(state, strict=True)
+    torch.testing.assert_close(run_unet(stock.unets[0]), run_unet(unets[0]), atol=1e-4, rtol=1e-4)
+    run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors",
+                "--preset", "toy")
+    again = load_decoder(tmp_path / "c.safetensors")[0]
+    torch.testing.assert_close(run_unet(again[1]), run_unet(unets[0]))
+
+
+@pytest.mark.parametrize("prefix, options", [
+    ("net.", {}), ("ema_model.net.", {"normformer": True, "num_timesteps": 1000})])
+@torch.no_grad()
+def test_files_of_the_library_load_here(run_convert, tmp_path, prefix, options):
+    """The second is the layout of the public LAION prior."""
+    stock = build_library_prior(**options).eval()
+    state = {f"{prefix}{name}": value for name, value in stock.net.state_dict().items()}
+    if prefix.startswith("ema"):
+        state |= {f"online_model.net.{name}": torch.zeros_like(value)
+                  for name, value in stock.net.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    run_convert("--input", tmp_path / "a.pt", "--output", tmp_path / "b.safetensors")
+    ours, config, _ = load_prior(tmp_path / "b.safetensors")
+    assert config.normformer == config.discrete_time == bool(options)
+    torch.testing.assert_close(run_prior(ours), run_prior(stock.net), atol=1e-5, rtol=1e-4)
+
+
+def test_the_sizes_of_the_public_prior_are_read_from_its_weights():
+    config = replace(PRESETS["base"].prior, depth=24, heads=32, max_text_len=77, normformer=True,
+                     discrete_time=True)
+    with torch.device("meta"):
+        network = build_prior(config, 768)
+    state = {f"net.{name}": value for name, value in network.state_dict().items()}
+    assert convert.read_prior_config(state, PRESETS["base"].prior) == (config, 768)
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"junk", "no file of tensors"), ({"x": torch.zeros(3)}, "neither a prior nor a decoder"),
+    ({"unets.0.x": torch.zeros(3)}, "do not fit")])
+def test_other_files_are_refused_in_a_line(run_convert, tmp_path, content, told, capsys):
+    path = tmp_path / "a.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: run_convert("--input", path, "--output", tmp_path / "b.safetensors",
+                                    "--preset", "toy"))
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "b.safetensors").exists()

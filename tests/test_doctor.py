@@ -1,0 +1,62 @@
+"""The look at data, CLIP and machine before a training."""
+
+import sys
+
+import pytest
+from PIL import Image
+from test_data import write_coco
+
+from dalle2 import doctor
+
+
+@pytest.fixture
+def run_doctor(monkeypatch, capsys, tmp_path):
+    """run_doctor(flags) -> (exit code, its lines)."""
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["doctor", "--preset", "toy", "--output_dir",
+                                          str(tmp_path / "doctor"), *flags])
+        with pytest.raises(SystemExit) as stopped:
+            doctor.main()
+        return stopped.value.code, capsys.readouterr().out.splitlines()
+    return run
+
+
+def find(lines, word):
+    (line,) = [line for line in lines if word in line]
+    return line
+
+
+def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_path):
+    code, lines = run_doctor(
+        "--train_img_path", f"{toy}/train", "--train_annot_path", f"{toy}/captions_train.json",
+        "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
+        "--clip_pretrained", str(clip_path), "--store_dir", str(tmp_path))
+    assert all(line.split()[0] in ("ok", "warning", "error") for line in lines)
+    assert find(lines, "train:") == "ok       train: 64 pictures, 320 captions, 5 to 5 a picture"
+    assert find(lines, "val:").startswith("ok       val: 120 pictures, 600 captions")
+    assert find(lines, "can be read").startswith("ok       64 of 64")
+    assert find(lines, "tokens:").startswith("ok") and "0.00 % longer" in find(lines, "tokens:")
+    assert find(lines, "image embeddings").startswith("ok") or code == 1
+    assert find(lines, "recall@1").startswith("warning")  # this CLIP is untrained
+    assert "hours" in find(lines, "prior: about") and "hours" in find(lines, "unet 2: about")
+    assert find(lines, "disk:").startswith("ok")
+    pairs = Image.open(tmp_path / "doctor" / "pairs.jpg")
+    assert pairs.width > 5 * 256 and pairs.getextrema() != ((255, 255),) * 3
+
+
+def test_bad_data_is_told_with_what_to_do(run_doctor, clip_path, tmp_path, monkeypatch):
+    annot_path = write_coco(
+        tmp_path, {"a.jpg": Image.new("RGB", (64, 64), "white"), "b.jpg": b"junk"},
+        {"a.jpg": ["word " * 90], "b.jpg": ["one"], "missing.jpg": ["two"]})
+    flags = ["--train_img_path", f"{tmp_path}/img", "--train_annot_path", str(annot_path),
+             "--val_annot_path", "", "--clip_pretrained", str(clip_path),
+             "--store_dir", str(tmp_path)]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
+    _, lines = run_doctor(*flags)
+    assert "1 pictures are missing" in find(lines, "train:")
+    assert find(lines, "b.jpg: ").startswith("warning")
+    assert find(lines, "pictures of one color").startswith("warning")
+    assert "--image_format jpeg" in find(lines, "disk:")
+    assert "give --val_annot_path" in find(lines, "no validation")
+    code, lines = run_doctor(*flags[:-3], str(tmp_path / "no_clip.pt"))
+    assert code == 1 and find(lines, "no such file").startswith("error    --clip_pretrained")

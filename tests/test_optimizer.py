@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dalle2.config import PRESETS
+from dalle2.optimizer import Muon, build_optimizers, orthogonalize
+
+CONFIG = replace(PRESETS["base"].prior.train, weight_decay=0.1)
+
+
+def build_module():
+    return nn.Sequential(nn.Linear(9, 12), nn.GroupNorm(1, 12), nn.Conv2d(12, 16, 3),
+                         nn.Conv2d(16, 3, 3), nn.Embedding(40, 16))
+
+
+def test_only_matrices_decay():
+    (optimizer,) = build_optimizers(build_module(), CONFIG)
+    decayed, others = optimizer.param_groups
+    assert [p.ndim for p in decayed["params"]] == [2, 4, 4, 2] and decayed["weight_decay"] == 0.1
+    assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
+
+
+def test_muon_takes_matrices_and_kernels_and_adamw_the_rest():
+    module = build_module()
+    adamw, muon = build_optimizers(module, replace(CONFIG, muon_lr=0.05))
+    (group,) = muon.param_groups
+    assert [id(p) for p in group["params"]] == [id(module[0].weight), id(module[2].weight)]
+    assert group["peak_lr"] == 0.05 and group["weight_decay"] == 0.1
+    rest = [p for g in adamw.param_groups for p in g["params"]]
+    assert len(rest) + 2 == len(list(module.parameters()))
+    assert all(g["peak_lr"] == CONFIG.lr for g in adamw.param_groups)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 300), (128, 200)])
+def test_orthogonalized_matrices_keep_their_directions(shape):
+    """Singular values near 1, singular vectors those of before; against the iteration on X."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    out = orthogonalize(matrices)
+    values = torch.linalg.svdvals(out)
+    assert values.max() < 1.3 and values.median() > 0.6
+    x = matrices / matrices.flatten(1).norm(dim=1)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(out, x, atol=2e-3, rtol=0)
+
+
+def test_muon_moves_each_matrix_by_its_learning_rate():
+    weight, kernel = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8, 16, 3, 3))
+    before = weight.detach().clone(), kernel.detach().clone()
+    optimizer = Muon([weight, kernel], lr=0.1)
+    weight.grad, kernel.grad = 1e3 * torch.randn(16, 8), 1e-3 * torch.randn(8, 16, 3, 3)
+    optimizer.step()
+    for param, old, scale in ((weight, before[0], 2 ** 0.5), (kernel, before[1], 1)):
+        moved = torch.linalg.svdvals((param.detach() - old).flatten(1)) / 0.1 / scale
+        assert 0.5 < moved.min() and moved.max() < 1.3
+
+
+def test_muon_minimizes():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 16, bias=False), torch.randn(64, 16)
+    target = x @ torch.linalg.qr(torch.randn(16, 16))[0]
+    optimizer = Muon(layer.parameters(), lr=0.05)
+    losses = []
+    for step in range(100):
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 100)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]

@@ -1,0 +1,191 @@
+"""The prepared store: what is kept, what is left out, and that a kill loses nothing."""
+
+import filecmp
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import write_coco
+
+from dalle2.clip import compute_fingerprint, load_clip
+from dalle2.config import UserError
+from dalle2.files import GrowingFiles, build_once
+from dalle2.prepare import prepare_store
+
+GOOD = Image.linear_gradient("L").convert("RGB").resize((64, 80))
+
+
+def prepare(folder, annot_path, store_dir=None, **options):
+    return prepare_store(folder / "img", annot_path, store_dir or folder / "store", progress=False,
+                         **options)
+
+
+def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, clip_path):
+    GOOD.save(tmp_path / "good.jpg")
+    whole = (tmp_path / "good.jpg").read_bytes()
+    bomb = bytearray(whole)
+    at = whole.index(b"\xff\xc0")  # the frame header: height and width follow
+    bomb[at + 5:at + 9] = b"\x4e\x20\x4e\x20"  # 20,000 x 20,000
+    annot_path = write_coco(
+        tmp_path, {"a.jpg": GOOD, "b.jpg": b"", "c.jpg": b"no picture", "e.jpg": GOOD,
+                   "f.jpg": whole[:len(whole) // 2], "g.jpg": bytes(bomb),
+                   "thin.png": Image.new("RGB", (1, 300)),
+                   "wide.png": Image.new("RGB", (20000, 2))},
+        {"a.jpg": [f"caption {k}" for k in range(6)], "b.jpg": ["x"], "c.jpg": ["y"],
+         "missing.jpg": ["z"], "e.jpg": ["one", "  "], "f.jpg": ["t"], "g.jpg": ["u"],
+         "thin.png": ["word " * 500], "wide.png": ["ünïcode ☃ 雪"]})
+    clip = load_clip("", str(clip_path))
+    store = prepare(tmp_path, annot_path, clip=lambda: clip,
+                    fingerprint=compute_fingerprint(clip))
+    assert store.file_names == ["a.jpg", "e.jpg", "thin.png", "wide.png"]
+    assert store.image_ids == [10, 14, 17, 18] and len(store.images) == 4
+    assert [len(c) for c in store.captions] == [6, 1, 1, 1]
+    assert store.text_tokens.shape[0] == store.text_embed.shape[0] == 9
+    assert store.token_start[-1] == len(store.text_encodings)
+    lengths = np.diff(store.token_start)
+    assert lengths[-2] == clip.context_length and 2 < lengths[-1] < clip.context_length
+    said = "".join(capsys.readouterr())
+    assert said.count("is left out") == 5 and "5 of 9 pictures are left out" in said
+    for name, reason in (("b.jpg", "an empty file"), ("c.jpg", "not a picture"),
+                         ("missing.jpg", "no such file"), ("f.jpg", "truncated"),
+                         ("g.jpg", "20000 x 20000 pixels are too many")):
+        line = next(line for line in said.splitlines() if name in line)
+        assert reason in line.lower(), line
+
+
+def test_strict_makes_a_bad_photo_an_error(tmp_path):
+    annot_path = write_coco(tmp_path, {"a.jpg": GOOD, "b.jpg": b"junk"},
+                            {"a.jpg": ["one"], "b.jpg": ["two"]})
+    with pytest.raises(UserError, match="--strict: .*b.jpg: not a picture"):
+        prepare(tmp_path, annot_path, strict=True)
+    assert len(prepare(tmp_path, annot_path)) == 1
+    with pytest.raises(UserError, match="--strict: .* 1 of 2 pictures left out"):
+        prepare(tmp_path, annot_path, strict=True)
+
+
+def test_a_jpeg_store_shows_the_same_pictures_in_less_space(toy, tmp_path):
+    arguments = toy / "train", toy / "captions_train.json"
+    plain = prepare_store(*arguments, tmp_path / "plain", progress=False)
+    small = prepare_store(*arguments, tmp_path / "small", image_format="jpeg", progress=False)
+    assert small.images.shape == plain.images.shape
+    rows = [5, 0, 63]
+    error = np.abs(small.images[rows].astype(float) - plain.images[rows])
+    assert 0 < error.mean() < 2
+    assert np.array_equal(small.images[5], small.images[4:6][1])
+    sizes = [(store.folder / "images" / f"images.{store.image_format}").stat().st_size
+             for store in (small, plain)]
+    assert sizes[0] < sizes[1] / 4
+    thumbs = [store.load_small_images(32).astype(float) for store in (small, plain)]
+    assert np.abs(thumbs[0] - thumbs[1]).mean() < 2
+    assert prepare_store(*arguments, tmp_path / "small", progress=False).image_format == "jpeg"
+    with pytest.raises(UserError, match="--image_format"):
+        prepare_store(*arguments, tmp_path / "small", image_format="uint8", progress=False)
+
+
+def test_a_full_disk_is_told_beforehand(tmp_path, monkeypatch):
+    annot_path = write_coco(tmp_path, {"a.jpg": GOOD}, {"a.jpg": ["one"]})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="--store_dir: 1 pictures need"):
+        prepare(tmp_path, annot_path)
+
+
+# ----------------------------------------------------------------------------------------------
+# kills
+
+
+def test_growing_files_drop_what_a_step_did_not_finish(tmp_path):
+    def reopen():
+        files = GrowingFiles(tmp_path, ["a", "b"])
+        files.close()
+        return files.notes, (tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()
+    files = GrowingFiles(tmp_path, ["a", "b"])
+    files.append({"a": b"11", "b": b"x"}, "one")
+    files.append({"a": b"22", "b": b""}, "two")
+    files.close()
+    whole = (["one", "two"], b"1122", b"x")
+    assert reopen() == whole
+    with open(tmp_path / "b", "ab") as file:
+        file.write(b"torn")
+    assert reopen() == whole
+    journal = tmp_path / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-3])
+    assert reopen() == (["one"], b"11", b"x")
+    os.truncate(tmp_path / "a", 1)  # lost behind the journal's back
+    assert reopen() == ([], b"", b"")
+
+
+def test_build_once_hands_a_part_of_the_same_source_on(tmp_path):
+    seen = []
+
+    def build(part):
+        seen.append(sorted(path.name for path in part.iterdir()))
+        (part / f"file{len(seen)}").write_text("")
+        if len(seen) in (1, 2):
+            raise KeyboardInterrupt
+    for source in ("a", "a", "b", "b"):
+        try:
+            build_once(tmp_path / "x", source, build)
+        except KeyboardInterrupt:
+            pass
+    assert seen == [["source.json"], ["file1", "source.json"], ["source.json"]]
+    assert (tmp_path / "x" / "file3").exists()
+
+
+PREPARE = """
+import sys
+sys.path[:0] = [{root!r}]
+import dalle2.prepare as prepare
+from dalle2.clip import load_clip, compute_fingerprint
+prepare.IMAGES_A_STEP = prepare.BATCH_SIZE = 4
+prepare.CAPTIONS_A_STEP = 16
+clip = load_clip("", {clip!r})
+prepare.prepare_store({toy!r} + "/train", {toy!r} + "/captions_train.json", {store!r},
+                      clip=lambda: clip, fingerprint=compute_fingerprint(clip), progress=False)
+"""
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_killed_at_random_moments_the_store_ends_with_the_same_bytes(toy, clip_path, tmp_path,
+                                                                    first):
+    def run(store, kill_after=None):
+        code = PREPARE.format(root=str(Path(__file__).parents[1]), clip=str(clip_path),
+                              toy=str(toy), store=str(store))
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+        if kill_after is not None:
+            deadline = time.time() + 60
+            while not list(store.glob("*/*.part/journal.jsonl")) and process.poll() is None \
+                    and time.time() < deadline:
+                time.sleep(0.005)
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+        assert process.wait(120) == (0 if kill_after is None else -signal.SIGKILL) or kill_after
+    run(tmp_path / "whole")
+    for seed in range(first, first + 5):
+        run(tmp_path / "killed", random.Random(seed).uniform(0, 0.12))
+    run(tmp_path / "killed")
+    whole, killed = ({path.relative_to(folder): path for path in folder.rglob("*")
+                      if path.is_file() and path.suffix != ".lock"}
+                     for folder in (tmp_path / "whole", tmp_path / "killed"))
+    assert whole.keys() == killed.keys() and len(whole) >= 9
+    for name in whole:
+        assert filecmp.cmp(whole[name], killed[name], shallow=False), name
+
+
+def test_text_is_embedded_alike_alone_and_among_longer_captions(clip_path):
+    clip = load_clip("", str(clip_path))
+    tokens = clip.tokenize(["a red bus", "a very much longer caption about a red bus"])
+    alone, among = clip.embed_text(tokens[:1]), clip.embed_text(tokens)
+    assert alone[1].shape[1] == 5 < among[1].shape[1] < clip.context_length
+    torch.testing.assert_close(alone[0], among[0][:1])
+    torch.testing.assert_close(alone[1], among[1][:1, :5], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        full = clip.model.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(among[0], full, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,103 @@
+"""Training in processes of their own: killed and continued, and shared by two."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision",
+          "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+RUNS = {"clip": ["train_clip.py"], "prior": ["train_prior.py"],
+        "decoder": ["train_decoder.py", "--unet_number", "1"],
+        "upsampler": ["train_decoder.py", "--unet_number", "2"]}
+
+
+def start(name, folder, data_flags, clip_path, *flags, processes=1):
+    launch = [*LAUNCH, "--num_processes", str(processes)] if processes > 1 else []
+    clip = [] if name == "clip" else ["--clip_pretrained", clip_path]
+    return subprocess.Popen(
+        [sys.executable, *launch, *RUNS[name], "--preset", "toy", "--output_dir", folder,
+         "--log_with", "none", *data_flags, *clip, *flags], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process):
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, out[-3000:]
+
+
+def read_metrics(folder):
+    (path,) = Path(folder).rglob("metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_weights(one, other):
+    (one,), (other,) = (sorted(set(folder.glob("*.safetensors"))
+                               - set(folder.glob("*_best.safetensors"))) for folder in (one, other))
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].equal(other[name]), name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
+        name, tmp_path, data_flags, clip_path):
+    flags = ["--num_steps", "12", "--batch_size", "4", "--save_every", "2", "--validate_every", "6"]
+    finish(start(name, tmp_path / "whole", data_flags, clip_path, *flags))
+    moments, kills = random.Random(name), 0
+    for _ in range(2):
+        process = start(name, tmp_path / "killed", data_flags, clip_path, *flags)
+        deadline = time.time() + 60
+        before = set((tmp_path / "killed").rglob("step_*.pt"))
+        while not set((tmp_path / "killed").rglob("step_*.pt")) - before \
+                and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.2))
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert kills
+    finish(start(name, tmp_path / "killed", data_flags, clip_path, *flags))
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "killed")
+    assert [row["step"] for row in killed] == list(range(1, 13))
+    assert [row["loss"] for row in whole] == [row["loss"] for row in killed]
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_two_processes_share_a_batch_and_change_nothing(name, tmp_path, data_flags, clip_path):
+    flags = ["--num_steps", "10", "--batch_size", "8", "--validate_every", "10"]
+    finish(start(name, tmp_path / "one", data_flags, clip_path, *flags))
+    finish(start(name, tmp_path / "two", data_flags, clip_path, *flags, processes=2))
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert len(one) == len(two) == 10
+    for row, other in zip(one, two):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-3)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(tmp_path, data_flags, clip_path):
+    flags = ["--batch_size", "8", "--save_every", "3", "--validate_every", "6"]
+    finish(start("prior", tmp_path / "whole", data_flags, clip_path, "--num_steps", "6", *flags))
+    process = start("prior", tmp_path / "parts", data_flags, clip_path, "--num_steps", "6", *flags,
+                    processes=2)
+    while not list((tmp_path / "parts").rglob("step_00000003.pt")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start("prior", tmp_path / "parts", data_flags, clip_path, "--num_steps", "6", *flags))
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
+    assert [row["step"] for row in parts] == list(range(1, 7))
+    for row, other in zip(whole, parts):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
