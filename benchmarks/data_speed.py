@@ -12,8 +12,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -23,13 +25,16 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dalle2 import cli  # noqa: E402
-from dalle2.clip import build_tokenizer  # noqa: E402
+from dalle2.clip import FrozenClip  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
-from dalle2.data import load_captions, load_image  # noqa: E402
+from dalle2.data import Store, load_captions, load_image  # noqa: E402
 from dalle2.prepare import prepare_store  # noqa: E402
 
 PLAIN = v2.Compose([v2.Resize(256), v2.CenterCrop(256), v2.ToImage(),
                     v2.ToDtype(torch.float32, scale=True)])
+
+
+NUM_ENCODED = 128  # captions that the text tower embeds
 
 
 def parse_args():
@@ -99,18 +104,40 @@ def resize(record, filter):
 
 
 def measure_captions(path):
-    """Tokenizing, and text encodings kept against computed at every step."""
+    """Tokenizing, and text encodings read from a store against computed at every step."""
     captions = [a["caption"] for a in json.loads(Path(path).read_text())["annotations"]]
-    tokenizer = build_tokenizer(77)
+    model = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None)
+    clip = FrozenClip(model, open_clip.get_tokenizer("ViT-L-14-quickgelu"))
     start = time.perf_counter()
-    tokens = tokenizer(captions)
+    text_tokens = clip.tokenize(captions)
     seconds = time.perf_counter() - start
-    lengths = (tokens != 0).sum(1)
+    lengths = clip.compute_text_mask(text_tokens).sum(1)
     longer = {name: 100 * (lengths > preset.prior.max_text_len).float().mean().item()
               for name, preset in PRESETS.items()}
     print(f"\n{len(captions)} captions tokenized in {seconds:.1f} s: {lengths.float().mean():.1f} "
           f"tokens on average, {lengths.max()} at most; longer than the prior's max_text_len: "
           + ", ".join(f"{name} {share:.2f} %" for name, share in longer.items()))
+
+    rows = lengths[:NUM_ENCODED].argsort()
+    rates = {}
+    clip.is_causal = False
+    rates["computed at all 77 positions"] = time_rate(
+        lambda: [clip.embed_text(text_tokens[part]) for part in rows.split(16)], len(rows))
+    clip.is_causal = True
+    rates["computed at their true length"] = time_rate(
+        lambda: [clip.embed_text(text_tokens[part]) for part in rows.split(16)], len(rows))
+    with tempfile.NamedTemporaryFile() as file:
+        token_start = np.concatenate([[0], lengths.cumsum(0).numpy()])
+        np.save(file, np.zeros((token_start[-1], clip.text_width), np.float16))
+        store = SimpleNamespace(token_start=token_start,
+                                text_encodings=np.load(file.name, mmap_mode="r"))
+        order = np.random.default_rng(0).permutation(len(captions))[:4096]
+        rates["read from the store"] = statistics.median(time_rate(
+            lambda: [Store.load_text_encodings(store, part, 48) for part in np.split(order, 64)],
+            len(order)) for _ in range(5))
+    print("\n| text encodings, ViT-L/14, one core | captions a second |\n|---|---|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.0f} |")
 
 
 if __name__ == "__main__":

@@ -135,21 +135,21 @@ PRESETS = {
     "toy": Preset(
         clip=_TOY_CLIP,
         prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26,
-                          train=replace(_TOY_TRAIN, num_steps=140, batch_size=128)),
+                          train=replace(_TOY_TRAIN, num_steps=190, batch_size=128)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        cond_dim=64, num_image_tokens=8,
                        predict_v=False, predict_x_start=True, beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=10, cond_scale=1.5,
-                       train=replace(_TOY_TRAIN, num_steps=1700, batch_size=32, lr=2e-3,
+                       train=replace(_TOY_TRAIN, num_steps=1200, batch_size=32, lr=2e-3,
                                      muon_lr=0.015)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
                        sample_timesteps=2,
-                       train=replace(_TOY_TRAIN, num_steps=300, batch_size=16, lr=2e-3))))),
+                       train=replace(_TOY_TRAIN, num_steps=200, batch_size=16, lr=2e-3))))),
     # one GPU of 12 GB
     "small": Preset(
         clip=_BASE_CLIP,

@@ -1,0 +1,148 @@
+"""Every field of the config changes something: each is walked, and what comes out is compared."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from test_train_loop import CONFIG, run_training
+
+from dalle2 import cli
+from dalle2.clip import build_clip
+from dalle2.config import PRESETS, ClipConfig, PriorConfig, TrainConfig, UnetConfig
+from dalle2.models import build_unet, load_decoder, load_prior
+from dalle2.sampling import sample_image_embed, sample_images
+
+TOY, D = PRESETS["toy"], 128
+
+TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
+             warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, max_grad_norm=0.01, ema_decay=0.5,
+             gradient_accumulation_steps=2, seed=1, save_every=3, save_minutes=1e-9,
+             validate_every=3)
+CLIP = dict(embed_dim=64, image_size=64, vision_width=24, vision_layers=(2, 1, 1, 1),
+            text_layers=3, text_heads=2, context_length=20, logit_scale=5.0)
+PRIOR = dict(depth=2, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
+             timesteps=500, beta_schedule="linear", text_cond_drop_prob=0.9, sample_timesteps=3,
+             cond_scale=2.0)
+UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
+            self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
+            memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,
+            predict_x_start=False, predict_v=True, timesteps=500, beta_schedule="cosine",
+            min_snr_gamma=5.0, image_cond_drop_prob=0.9, sample_timesteps=3, cond_scale=3.0)
+UPSAMPLER = dict(crop_size=32, lowres_noise_max_level=10, lowres_noise_level=300)  # second stage
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What the unchanged configs give, computed once."""
+    return {}
+
+
+def differs(one, other):
+    if isinstance(one, dict):
+        return one.keys() != other.keys() or any(differs(one[name], other[name]) for name in one)
+    if torch.is_tensor(one):
+        return one.shape != other.shape or not torch.equal(one, other)
+    return one != other
+
+
+def assert_changes(seen, kind, run, before, after):
+    if kind not in seen:
+        seen[kind] = run(before)
+    assert differs(seen[kind], run(after))
+
+
+def test_the_walks_leave_no_field_out():
+    for kind, walked in ((TrainConfig, {*TRAIN, "mixed_precision"}), (ClipConfig, CLIP),
+                         (PriorConfig, PRIOR), (UnetConfig, {**UNET, **UPSAMPLER})):
+        assert {item.name for item in fields(kind)} - {"train"} == set(walked)
+
+
+@pytest.mark.parametrize("field", TRAIN)
+def test_training(field, tmp_path, seen):
+    def run(config):
+        events = []
+
+        def validate(module, brief):
+            events.append("validate")
+            return {"val_loss": 1.0}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        exported, raw, metrics = run_training(
+            folder, config, validate=validate, at_step=events.append,
+            sample=lambda module, path: events.append(path.name))
+        return {"exported": exported, "raw": raw, "events": events,
+                "lr": [m["lr"] for m in metrics]}
+    config = replace(CONFIG, num_steps=9, validate_every=5, save_every=5)
+    # the clock is looked at when a step is logged
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dalle2.train_loop.LOG_EVERY", 2)
+        assert_changes(seen, "train", run, config, replace(config, **{field: TRAIN[field]}))
+
+
+def test_mixed_precision():
+    assert {cli.build_accelerator(name).mixed_precision for name in ("no", "bf16")} == {
+        "no", "bf16"}
+
+
+@pytest.mark.parametrize("field", CLIP)
+def test_clip(field, seen):
+    @torch.no_grad()
+    def run(config):
+        torch.manual_seed(0)
+        model = build_clip(config).eval()
+        image, text = torch.ones(2, 3, config.image_size, config.image_size), torch.arange(
+            2 * config.context_length).view(2, -1)
+        return {**model.state_dict(), "image": model.encode_image(image),
+                "text": model.encode_text(text)}
+    assert_changes(seen, "clip", run, TOY.clip, replace(TOY.clip, **{field: CLIP[field]}))
+
+
+@pytest.fixture
+def run_preset(monkeypatch, run_script, data_flags, clip_path, tmp_path):
+    """run_preset(script, preset, *flags) -> folder of two steps of training, not validated."""
+    def run(script, preset, *flags):
+        monkeypatch.setitem(PRESETS, "toy", preset)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        code, _, err = run_script(script, "--preset", "toy", *data_flags, "--val_annot_path", "",
+                                  "--clip_pretrained", clip_path, "--output_dir", folder,
+                                  "--num_steps", "2", "--batch_size", "4", "--log_with", "none",
+                                  *flags)
+        assert code == 0, err
+        return folder
+    return run
+
+
+@pytest.mark.parametrize("field", PRIOR)
+def test_prior(field, seen, run_preset):
+    def run(config):
+        folder = run_preset("train_prior.py", replace(TOY, prior=config))
+        prior, config, _ = load_prior(folder / "prior.safetensors")
+        torch.manual_seed(0)
+        sampled = sample_image_embed(prior, config, torch.randn(2, D), torch.randn(2, 9, D), [1, 2])
+        return {**prior.state_dict(), "sampled": sampled}
+    assert_changes(seen, "prior", run, TOY.prior, replace(TOY.prior, **{field: PRIOR[field]}))
+
+
+@pytest.mark.parametrize("number, field", [*((1, field) for field in UNET),
+                                           *((2, field) for field in UPSAMPLER)])
+def test_decoder(number, field, seen, run_preset):
+    def run(config):
+        unets = list(TOY.decoder.unets)
+        unets[number - 1] = config
+        folder = run_preset("train_decoder.py",
+                            replace(TOY, decoder=replace(TOY.decoder, unets=tuple(unets))),
+                            "--unet_number", number)
+        trained, configs, _ = load_decoder(folder / "decoder.safetensors")
+        unet, config = trained[number], configs[number]
+        torch.manual_seed(0)
+        embeds = torch.nn.functional.normalize(torch.randn(1, D), dim=-1)
+        stages, configs = [unet], [config]
+        if number == 2:
+            first = build_unet(TOY.decoder.unets[0], 1, D).eval()
+            stages, configs = [first, unet], [TOY.decoder.unets[0], config]
+        return {**unet.state_dict(), "sampled": sample_images(stages, configs, embeds, [1])}
+    config = TOY.decoder.unets[number - 1]
+    value = {**UNET, **UPSAMPLER}[field]
+    changed = replace(config, **{field: value})
+    if field == "predict_v":
+        changed = replace(changed, predict_x_start=False)
+    assert_changes(seen, f"unet{number}", run, config, changed)
