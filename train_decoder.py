@@ -172,7 +172,8 @@ def collect_sample_embeds(val_store, prior_ckpt, fingerprint, device):
         return []
     rows = val_store.caption_start[:-1][:NUM_SAMPLES]  # the first caption of each
     text_embed = torch.from_numpy(val_store.text_embed[rows]).float().to(device)
-    embeds = [torch.from_numpy(val_store.image_embed[:NUM_SAMPLES]).float().to(device), text_embed]
+    image_embed = torch.from_numpy(np.array(val_store.image_embed[:NUM_SAMPLES])).float()
+    embeds = [image_embed.to(device), text_embed]
     if prior_ckpt:
         prior, config, header = load_prior(prior_ckpt)
         if header["clip"]["fingerprint"] != fingerprint:
@@ -190,7 +191,7 @@ def load_pictures(store, size, device):
         return store.images
     pictures = store.load_small_images(size)
     if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return torch.from_numpy(pictures[:]).to(device)
+        return torch.from_numpy(np.array(pictures)).to(device)
     return pictures
 
 

@@ -119,7 +119,8 @@ def write_report_card(path, train_store, batch, predicted):
     """A table of the prior beside what needs no prior: over the validation pictures, cosine to the
     true image embedding, to the own caption and to another one, and retrieval."""
     text_embed, image_embed = batch["text_embed"], batch["image_embed"]
-    mean = F.normalize(torch.from_numpy(train_store.image_embed[:20_000]).float().mean(0), dim=0)
+    some = torch.from_numpy(np.array(train_store.image_embed[:20_000])).float()
+    mean = F.normalize(some.mean(0), dim=0)
     candidates = {
         "the prior": predicted, "the text embedding itself": text_embed,
         "the mean image embedding": mean.to(image_embed).expand_as(image_embed),
@@ -141,7 +142,7 @@ def find_nearest_captions(store, text_embed):
     best = torch.full((len(text_embed),), -2.0, device=text_embed.device)
     rows = torch.zeros(len(text_embed), dtype=torch.long, device=text_embed.device)
     for start in range(0, len(store.text_embed), 1 << 16):
-        part = torch.from_numpy(store.text_embed[start:start + (1 << 16)]).to(text_embed)
+        part = torch.from_numpy(np.array(store.text_embed[start:start + (1 << 16)])).to(text_embed)
         value, index = (text_embed @ part.T).max(1)
         rows = torch.where(value > best, index + start, rows)
         best = torch.maximum(best, value)
