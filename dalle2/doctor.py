@@ -169,7 +169,7 @@ def check_embeddings(clip, pictures, report):
     report.check(abs(norms - 1).max() < 1e-3 and mean < 0.99,
                  f"image embeddings: norm {norms.min():.3f} to {norms.max():.3f}, norm of their "
                  f"mean {mean:.3f} (1: all alike), spread a dimension "
-                 f"{image_embed.std(0).mean() * clip.embed_dim ** 0.5:.3f}",
+                 f"{image_embed.std(0, correction=0).mean() * clip.embed_dim ** 0.5:.3f}",
                  "the pictures look alike to this CLIP", "error")
     matching = (image_embed * text_embed).sum(-1).mean().item()
     shuffled = (image_embed * text_embed.roll(1, 0)).sum(-1).mean().item()

@@ -84,11 +84,11 @@ def test_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, clip
     image = load_image(toy / "train" / store.file_names[5])
     assert torch.equal(torch.from_numpy(store.images[5].copy()), image)
     wanted = clip.embed_image(image[None])[0]
-    torch.testing.assert_close(torch.from_numpy(store.image_embed[5]).float(), wanted,
+    torch.testing.assert_close(torch.tensor(store.image_embed[5]).float(), wanted,
                                atol=2e-3, rtol=0)
     row = store.caption_start[5] + 3
     text_embed, text_encodings = clip.embed_text(clip.tokenize([store.captions[5][3]]))
-    torch.testing.assert_close(torch.from_numpy(store.text_embed[row]).float(), text_embed[0],
+    torch.testing.assert_close(torch.tensor(store.text_embed[row]).float(), text_embed[0],
                                atol=2e-3, rtol=0)
     loaded = store.load_text_encodings([row], text_encodings.shape[1])
     torch.testing.assert_close(loaded, text_encodings, atol=6e-3, rtol=2e-3)
