@@ -124,7 +124,8 @@ def write_report_card(path, train_store, batch, predicted):
     candidates = {
         "the prior": predicted, "the text embedding itself": text_embed,
         "the mean image embedding": mean.to(image_embed).expand_as(image_embed),
-        "the image of the nearest training caption": find_nearest_captions(train_store, text_embed),
+        "the image of the nearest training caption":
+            train_store.find_image_of_nearest_caption(text_embed),
         "the true image embedding": image_embed}
     scores = {name: compute_prior_scores(candidate, image_embed, text_embed)
               for name, candidate in candidates.items()}
@@ -135,19 +136,6 @@ def write_report_card(path, train_store, batch, predicted):
               for name, row in scores.items()]
     replace_file(path, lambda part: part.write_text("\n".join(lines) + "\n"))
     print("\n".join(lines))
-
-
-def find_nearest_captions(store, text_embed):
-    """(B, D): for text_embed (B, D), the image embedding of the nearest caption's picture."""
-    best = torch.full((len(text_embed),), -2.0, device=text_embed.device)
-    rows = torch.zeros(len(text_embed), dtype=torch.long, device=text_embed.device)
-    for start in range(0, len(store.text_embed), 1 << 16):
-        part = torch.from_numpy(np.array(store.text_embed[start:start + (1 << 16)])).to(text_embed)
-        value, index = (text_embed @ part.T).max(1)
-        rows = torch.where(value > best, index + start, rows)
-        best = torch.maximum(best, value)
-    pictures = np.searchsorted(store.caption_start, rows.cpu().numpy(), side="right") - 1
-    return torch.from_numpy(store.image_embed[pictures]).to(text_embed)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def resize_and_crop(image, size):
     """uint8 (3, H, W) -> (3, size, size): short side to `size` (bicubic, antialiased), centre."""
     short = min(image.shape[-2:])
     image = TF.center_crop(image, [min(side, 8 * short) for side in image.shape[-2:]])
-    scale = size / short
-    shape = [max(size, round(side * scale)) for side in image.shape[-2:]]
+    shape = [size * side // short for side in image.shape[-2:]]  # as torchvision's Resize
     return TF.center_crop(resize(image, shape), [size, size])
 
 
@@ -153,6 +152,18 @@ class Store:
                 self.text_encodings[start:start + length].astype(np.float32))
             out[i, length - 1] = torch.from_numpy(self.text_encodings[end - 1].astype(np.float32))
         return out
+
+    def find_image_of_nearest_caption(self, text_embed):
+        """text_embed (B, D) -> image_embed (B, D) of the pictures whose captions are nearest."""
+        best = torch.full((len(text_embed),), -2.0, device=text_embed.device)
+        rows = torch.zeros(len(text_embed), dtype=torch.long, device=text_embed.device)
+        for start in range(0, len(self.text_embed), 1 << 16):
+            part = torch.from_numpy(np.array(self.text_embed[start:start + (1 << 16)]))
+            value, index = (text_embed @ part.to(text_embed).T).max(1)
+            rows = torch.where(value > best, index + start, rows)
+            best = torch.maximum(best, value)
+        pictures = np.searchsorted(self.caption_start, rows.cpu().numpy(), side="right") - 1
+        return torch.from_numpy(self.image_embed[pictures]).to(text_embed)
 
     def load_small_images(self, size):
         """All pictures at `size` pixels, (N, 3, size, size) uint8, antialiased, memory-mapped;

@@ -85,6 +85,8 @@ def train(
             if is_main:
                 export(ema.module.state_dict(), start, best=False)
             return
+        accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {accelerator.num_processes}"
+                          f" x {device.type}, precision {accelerator.mixed_precision}")
         if is_main:
             replace_file(run_dir / "config.json",
                          lambda part: part.write_text(json.dumps(header, indent=2)))

@@ -4,6 +4,7 @@ Training does the same by itself when it finds nothing prepared. What comes out,
 is, stands in data/README.md.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def main():
     stores = cli.open_stores(args, cli.ClipSource(args.clip_model, args.clip_pretrained),
                              image_format=args.image_format, strict=args.strict)
     for split, store in zip(("train", "val"), stores):
-        if store:
+        if store and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             captions = sum(len(group) for group in store.captions)
             print(f"{split}: {len(store)} pictures, {captions} captions in {store.folder}")
 

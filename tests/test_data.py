@@ -94,6 +94,16 @@ def test_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, clip
     torch.testing.assert_close(loaded, text_encodings, atol=6e-3, rtol=2e-3)
 
 
+def test_the_picture_of_the_nearest_caption_is_found(store):
+    rows = [0, 4, 5, 9, 319]  # the first and last captions of pictures 0 and 1, and the very last
+    text_embed = torch.tensor(store.text_embed[rows]).float()
+    found = store.find_image_of_nearest_caption(text_embed)
+    wanted = torch.tensor(store.image_embed[[0, 0, 1, 1, 63]]).float()
+    nearest = (text_embed @ torch.tensor(store.text_embed[:]).float().T).argmax(1)
+    same = nearest == torch.tensor(rows)  # not where another picture has the very same caption
+    assert same.sum() >= 3 and torch.equal(found[same], wanted[same])
+
+
 def test_cut_text_encodings_keep_the_end_token(store):
     full = store.load_text_encodings([0], 26)[0]
     length = int((full.abs().sum(-1) > 0).sum())

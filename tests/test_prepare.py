@@ -33,7 +33,7 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
     whole = (tmp_path / "good.jpg").read_bytes()
     bomb = bytearray(whole)
     at = whole.index(b"\xff\xc0")  # the frame header: height and width follow
-    bomb[at + 5:at + 9] = b"\x4e\x20\x4e\x20"  # 20,000 x 20,000
+    bomb[at + 5:at + 9] = b"\x2e\xe0\x2e\xe0"  # 12,000 x 12,000
     annot_path = write_coco(
         tmp_path, {"a.jpg": GOOD, "b.jpg": b"", "c.jpg": b"no picture", "e.jpg": GOOD,
                    "f.jpg": whole[:len(whole) // 2], "g.jpg": bytes(bomb),
@@ -56,7 +56,7 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
     assert said.count("is left out") == 5 and "5 of 9 pictures are left out" in said
     for name, reason in (("b.jpg", "an empty file"), ("c.jpg", "not a picture"),
                          ("missing.jpg", "no such file"), ("f.jpg", "truncated"),
-                         ("g.jpg", "pixels")):
+                         ("g.jpg", "12000 x 12000 pixels are too many")):
         line = next(line for line in said.splitlines() if f"/{name}" in line)
         assert reason in line.lower(), line
 
