@@ -271,9 +271,9 @@ def test_everything_arrives_whatever_the_server_does(server, tmp_path, trouble):
 
 
 def test_killed_at_ten_moments_everything_arrives(server, tmp_path):
-    server.files, server.pause = make_coco(), 0.003
+    server.files, server.pause = make_coco(), 0.03
     moments = random.Random(1)
-    codes = [run_cli(server, tmp_path, kill_after=moments.uniform(0.15, 0.5))[0]
+    codes = [run_cli(server, tmp_path, kill_after=moments.uniform(0.2, 0.6))[0]
              for _ in range(10)]
     server.pause = 0
     assert codes.count(-signal.SIGKILL) >= 3
