@@ -55,7 +55,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
     flags = ["--num_steps", "12", "--batch_size", "4", "--save_every", "2", "--validate_every", "6"]
     finish(start(name, tmp_path / "whole", data_flags, clip_path, *flags))
     moments, kills = random.Random(name), 0
-    for _ in range(2):
+    for _ in range(5):
         process = start(name, tmp_path / "killed", data_flags, clip_path, *flags)
         deadline = time.time() + 60
         before = set((tmp_path / "killed").rglob("step_*.pt"))
