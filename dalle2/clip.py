@@ -75,10 +75,10 @@ class FrozenClip:
             kept = []
             hook = self.ln_final.register_forward_hook(lambda *args: kept.append(args[-1]))
             try:
-                text_embed, text_encodings = self.model.encode_text(text_tokens), kept
+                text_embed = self.model.encode_text(text_tokens)
             finally:
                 hook.remove()
-            text_encodings = text_encodings[0]
+            text_encodings = kept[0]
         return F.normalize(text_embed.float(), dim=-1), text_encodings.float() * mask[..., None]
 
     def _run_text_tower(self, text_tokens):

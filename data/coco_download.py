@@ -72,7 +72,9 @@ def download(url, path, num_bytes=None, pause=2.0, show=True):
             if tries == TRIES:
                 raise DownloadError(f"{url}: gave up after {TRIES} tries ({error}); run the same "
                                     "command again to go on") from error
-            time.sleep(min(MAX_PAUSE, pause * 2 ** (tries - 1)))
+            seconds = min(MAX_PAUSE, pause * 2 ** (tries - 1))
+            print(f"{url}: {error}; trying again in {seconds:.0f} s", flush=True)
+            time.sleep(seconds)
     part.replace(path)
     _version_path(part).unlink(missing_ok=True)
 

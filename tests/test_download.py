@@ -263,11 +263,11 @@ def test_everything_arrives_whatever_the_server_does(server, tmp_path, trouble):
     for name, value in trouble.items():
         setattr(server, name, value)
     code, out, err = run_cli(server, tmp_path)
-    assert code == 0 and err == "" and out.count("complete") == 3, err
+    assert code == 0 and err == "" and out.count(": complete, ") == 3, err
     assert_complete(server, tmp_path)
     asked = len(server.starts)
     code, out, _ = run_cli(server, tmp_path)
-    assert code == 0 and out.count("complete") == 3 and len(server.starts) == asked
+    assert code == 0 and out.count(": complete, ") == 3 and len(server.starts) == asked
 
 
 def test_killed_at_ten_moments_everything_arrives(server, tmp_path):
