@@ -9,16 +9,13 @@ from dalle2 import cli
 from dalle2.checkpoint import load_export, save_export
 from dalle2.config import PRESETS, DecoderConfig, UserError, config_to_dict
 from dalle2.data import draw_indexes, load_captions, resize
+from dalle2.diffusion import build_diffusion
 from dalle2.images import save_grid
+from dalle2.losses import compute_unet_loss
 from dalle2.metrics import compute_fixed_timesteps, summarize_by_quartile
 from dalle2.models import build_unet, load_decoder, load_prior
 from dalle2.rng import BatchRandom
-from dalle2.sampling import (
-    build_diffusion,
-    noise_lowres,
-    sample_image_embed,
-    sample_images,
-)
+from dalle2.sampling import sample_image_embed, sample_images
 from dalle2.train_loop import train
 
 NUM_SAMPLES = 8  # pictures a row of the sample grids
@@ -84,16 +81,14 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
     def load_batch(store, indexes, random):
         if not lowres_size:
             return {"image": take(pictures[store], indexes),
-                    "image_embed": torch.from_numpy(store.image_embed[indexes]).float()}
+                    "image_embed": torch.from_numpy(store.image_embed[indexes])}
         room = unet_config.image_size - crop_size + 1
-        corners = (random.rand(2) * room).long().tolist()
-        lowres = take(lowres_pictures[store], indexes)
-        lowres = resize(lowres.float() / 255, unet_config.image_size)  # (B, 3, H, W), as sampled
-        windows = [(..., slice(y, y + crop_size), slice(x, x + crop_size)) for y, x in corners]
-        return {"image": torch.stack([take(pictures[store], i)[window]
+        corner = (random.rand(2) * room).long()                             # (B, 2)
+        windows = [(..., slice(y, y + crop_size), slice(x, x + crop_size))
+                   for y, x in corner.tolist()]
+        return {"image": torch.stack([take(pictures[store], i, window)
                                       for i, window in zip(indexes, windows)]),
-                "lowres_cond_img": torch.stack([image[window]
-                                                for image, window in zip(lowres, windows)])}
+                "lowres_cond_img": take(lowres_pictures[store], indexes), "corner": corner}
 
     def draw_batch(step, rows, random):
         indexes = draw_indexes(len(train_store), unet_config.train.seed, step,
@@ -102,18 +97,7 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
 
     # ---- loss
     def compute_loss(module, batch, random):
-        x_start = batch["image"].float() / 127.5 - 1
-        t = batch["t"] if "t" in batch else random.randint(unet_config.timesteps)
-        noise = random.randn(*x_start.shape[1:])
-        if not lowres_size:
-            drop = (random.rand() < unet_config.image_cond_drop_prob).float()  # (B,)
-            condition = dict(image_embed=batch["image_embed"], image_cond_drop_prob=drop)
-        else:
-            level = random.randint(unet_config.lowres_noise_max_level + 1)
-            lowres, level = noise_lowres(batch["lowres_cond_img"] * 2 - 1, level,
-                                         random.randn(*x_start.shape[1:]))
-            condition = dict(image_embed=None, lowres_cond_img=lowres, lowres_noise_level=level)
-        return diffusion.loss(lambda x_t, t: module(x_t, t, **condition), x_start, t, noise)
+        return compute_unet_loss(module, batch, random, unet_config, diffusion)
 
     # ---- validation: fixed crops, noise and timesteps
     @torch.no_grad()
@@ -178,7 +162,8 @@ def collect_sample_embeds(val_store, prior_ckpt, fingerprint, device):
         prior, config, header = load_prior(prior_ckpt)
         if header["clip"]["fingerprint"] != fingerprint:
             raise UserError(f"--prior_ckpt: {prior_ckpt} was trained with another CLIP")
-        text_encodings = val_store.load_text_encodings(rows, config.max_text_len).to(device)
+        text_encodings = val_store.load_text_encodings(rows, config.max_text_len).to(
+            device, torch.float32)
         embeds.append(sample_image_embed(prior.to(device), config, text_embed, text_encodings,
                                          range(len(rows))))
     return embeds
@@ -195,9 +180,9 @@ def load_pictures(store, size, device):
     return pictures
 
 
-def take(pictures, indexes):
-    """Pictures by index, as a tensor."""
-    taken = pictures[indexes]
+def take(pictures, indexes, window=...):
+    """Pictures by index, or a window of one of them, as a tensor."""
+    taken = pictures[indexes][window]
     return taken if torch.is_tensor(taken) else torch.from_numpy(np.array(taken))
 
 

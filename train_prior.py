@@ -12,6 +12,7 @@ from dalle2.config import PRESETS, UserError, config_to_dict
 from dalle2.data import draw_indexes, load_captions
 from dalle2.diffusion import Diffusion
 from dalle2.files import replace_file
+from dalle2.losses import compute_prior_loss
 from dalle2.metrics import (
     compute_fixed_timesteps,
     compute_prior_scores,
@@ -54,35 +55,28 @@ def main():
 
     def load_batch(store, indexes, random):
         rows = store.draw_captions(indexes, random.rand())
-        return {"image_embed": torch.from_numpy(store.image_embed[indexes]).float(),
-                "text_embed": torch.from_numpy(store.text_embed[rows]).float(),
+        return {"image_embed": torch.from_numpy(store.image_embed[indexes]),
+                "text_embed": torch.from_numpy(store.text_embed[rows]),
                 "text_encodings": store.load_text_encodings(rows, config.max_text_len)}
 
     def draw_batch(step, rows, random):
         indexes = draw_indexes(len(train_store), config.train.seed, step, config.train.batch_size)
         return load_batch(train_store, indexes[rows], random)
 
-    # ---- loss: x_start, scaled to unit variance a dimension, from everything but a dropped text
+    # ---- loss
     diffusion = Diffusion(config.timesteps, config.beta_schedule, predict_x_start=True,
                           device=accelerator.device)
 
     def compute_loss(module, batch, random):
-        x_start = batch["image_embed"] * embed_dim ** 0.5
-        t = batch["t"] if "t" in batch else random.randint(config.timesteps)
-        noise = random.randn(embed_dim)
-        drop = (random.rand() < config.text_cond_drop_prob).float()  # (B,)
-        return diffusion.loss(
-            lambda x_t, t: module(x_t, t, text_embed=batch["text_embed"],
-                                  text_encodings=batch["text_encodings"],
-                                  text_cond_drop_prob=drop),
-            x_start, t, noise)
+        return compute_prior_loss(module, batch, random, config, diffusion)
 
     # ---- validation: fixed captions, noise and timesteps
     def load_val_batch():
         count = len(val_store)
         batch = load_batch(val_store, list(range(count)), BatchRandom("validate", batch_size=count))
         batch["t"] = compute_fixed_timesteps(count, config.timesteps)
-        return {name: value.to(accelerator.device) for name, value in batch.items()}
+        return {name: value.to(accelerator.device, torch.long if name == "t" else torch.float32)
+                for name, value in batch.items()}
 
     @torch.no_grad()
     def sample(module, batch):

@@ -66,6 +66,8 @@ def add_train_flags(parser, output_dir):
     train.add_argument("--seed", type=int, help="of noise, crops, captions and data order")
     train.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"],
                        help="auto: bf16 on a GPU that has it, else none")
+    train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                       help="the network by torch.compile, after a minute or two at the start")
     train.add_argument("--save_every", type=int, help="steps between checkpoints")
     train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
     train.add_argument("--validate_every", type=int, help="steps between validations")
@@ -78,7 +80,7 @@ def add_train_flags(parser, output_dir):
 def override_train(config, args):
     """`config` (with a field `train`), validated, with the training flags that were given."""
     given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
-                                      "gradient_accumulation_steps", "save_every",
+                                      "gradient_accumulation_steps", "compile", "save_every",
                                       "save_minutes", "validate_every")
              if (value := getattr(args, name)) is not None}
     return validate_config(replace(config, train=replace(config.train, **given)))
@@ -144,6 +146,8 @@ def build_accelerator(mixed_precision):
     if mixed_precision == "auto":
         mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() \
             else "no"
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     return Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
 
 

@@ -142,16 +142,16 @@ class Store:
         return start + np.minimum((u.numpy() * (end - start)).astype(np.int64), end - start - 1)
 
     def load_text_encodings(self, rows, max_text_len):
-        """(B, max_text_len, D) float32, zero after the end token. A caption that is longer keeps
+        """(B, max_text_len, D) as stored, zero after the end token. A caption that is longer keeps
         its first tokens and its end token."""
-        out = torch.zeros(len(rows), max_text_len, self.text_encodings.shape[-1])
-        for i, row in enumerate(rows):
-            start, end = self.token_start[row], self.token_start[row + 1]
-            length = min(end - start, max_text_len)
-            out[i, :length] = torch.from_numpy(
-                self.text_encodings[start:start + length].astype(np.float32))
-            out[i, length - 1] = torch.from_numpy(self.text_encodings[end - 1].astype(np.float32))
-        return out
+        rows = np.asarray(rows)
+        start, length = self.token_start[rows], self.token_start[rows + 1] - self.token_start[rows]
+        index = start[:, None] + np.arange(max_text_len)                    # (B, L)
+        index[:, -1] = start + np.maximum(length, max_text_len) - 1
+        kept = np.arange(max_text_len) < length[:, None]
+        out = np.zeros((*kept.shape, self.text_encodings.shape[-1]), self.text_encodings.dtype)
+        out[kept] = self.text_encodings[index[kept]]
+        return torch.from_numpy(out)
 
     def find_image_of_nearest_caption(self, text_embed):
         """text_embed (B, D) -> image_embed (B, D) of the pictures whose captions are nearest."""

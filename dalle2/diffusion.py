@@ -74,3 +74,17 @@ class Diffusion:
         prediction = predict(self.q_sample(x_start, t, noise), t)
         error = (prediction.float() - self.target(x_start, t, noise)).square().flatten(1).mean(1)
         return self.loss_weight(t) * error
+
+
+def build_diffusion(config, device):
+    """The process of one decoder stage, from its UnetConfig."""
+    return Diffusion(config.timesteps, config.beta_schedule, config.predict_v,
+                     config.predict_x_start, config.min_snr_gamma, device)
+
+
+def noise_lowres(lowres_cond_img, level, noise):
+    """Noise conditioning augmentation (Saharia et al. 2022, sec. 2.4), as dalle2-pytorch does it:
+    the conditioning picture (B, 3, H, W) in [-1, 1], noised to timestep `level` (B,) of a linear
+    schedule of 1000. Returns it with `level`."""
+    diffusion = Diffusion(1000, "linear", device=lowres_cond_img.device)
+    return diffusion.q_sample(lowres_cond_img, level, noise), level

@@ -1,27 +1,14 @@
-"""The networks, built from a config. The only file that imports dalle2_pytorch.
+"""The networks, built from a config.
 
 Their parameter names are the library's own, so that exports load into its `DiffusionPrior` and
 `Decoder` (under `net.` and `unets.<i>.`) and the other way round.
 """
 
 import torch
-from dalle2_pytorch import dalle2_pytorch as library
 
 from dalle2.checkpoint import load_export
 from dalle2.config import PriorConfig, UnetConfig, UserError, config_from_dict
-from dalle2.fast_modules import swap_modules
-
-
-def _prob_mask_like(shape, prob, device):
-    """The library draws its conditional dropout inside forward, where it depends on the process.
-    Ours may also be handed the draw: a float tensor (B,), 1 where the condition is kept."""
-    if torch.is_tensor(prob):
-        return prob > 0.5
-    return _library_prob_mask_like(shape, prob, device)
-
-
-_library_prob_mask_like = library.prob_mask_like
-library.prob_mask_like = _prob_mask_like
+from dalle2.fast_modules import library, restore_modules, swap_modules
 
 
 def build_prior(config: PriorConfig, embed_dim):
@@ -35,7 +22,7 @@ def build_prior(config: PriorConfig, embed_dim):
         max_text_len=config.max_text_len, normformer=config.normformer,
         num_timesteps=config.timesteps if config.discrete_time else None)
     prior.null_image_embed.requires_grad_(False)  # never read: the image is never dropped
-    return swap_modules(prior, library)
+    return swap_modules(prior)
 
 
 def build_unet(config: UnetConfig, unet_number, image_embed_dim):
@@ -69,7 +56,7 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
     if not is_first:
         unet.null_image_embed.requires_grad_(False)
         unet.null_image_hiddens.requires_grad_(False)
-    return swap_modules(unet, library)
+    return swap_modules(unet)
 
 
 @torch.no_grad()
@@ -91,16 +78,17 @@ def init_unet(unet, is_first, image_embed_dim):
 
 
 def build_stock_prior(network, config, embed_dim):
-    """dalle2_pytorch's DiffusionPrior around a network of `build_prior`."""
-    return library.DiffusionPrior(network, image_embed_dim=embed_dim, timesteps=config.timesteps,
-                                  beta_schedule=config.beta_schedule,
+    """dalle2_pytorch's DiffusionPrior around a network of `build_prior`, made stock again."""
+    return library.DiffusionPrior(restore_modules(network), image_embed_dim=embed_dim,
+                                  timesteps=config.timesteps, beta_schedule=config.beta_schedule,
                                   text_cond_drop_prob=config.text_cond_drop_prob)
 
 
 def build_stock_decoder(unets, configs):
-    """dalle2_pytorch's Decoder around networks of `build_unet`, with their UnetConfigs."""
+    """dalle2_pytorch's Decoder around networks of `build_unet`, made stock again, with their
+    UnetConfigs."""
     return library.Decoder(
-        tuple(unets), image_sizes=tuple(c.image_size for c in configs),
+        tuple(map(restore_modules, unets)), image_sizes=tuple(c.image_size for c in configs),
         timesteps=configs[0].timesteps, beta_schedule=tuple(c.beta_schedule for c in configs),
         predict_x_start=tuple(c.predict_x_start for c in configs),
         predict_v=tuple(c.predict_v for c in configs), learned_variance=False,

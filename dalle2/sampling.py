@@ -1,15 +1,29 @@
-"""Drawing from the trained networks: timestep spacing, DDIM, DPM-Solver++, guidance, the cascade.
+"""Drawing from the trained networks: timestep spacing, samplers, guidance, the cascade.
 
-A sampler is a function over `denoise(x_t, t) -> x_start`. Noise comes from one seed a picture, so
-that a picture does not depend on the batch that it was drawn in.
+A sampler is a function over `denoise(x_t, t) -> x_start` and the levels that it walks down. Noise
+comes from one seed a picture, so that a picture does not depend on the batch that it was drawn in.
 """
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dalle2.data import resize
-from dalle2.diffusion import Diffusion
+from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.rng import derive_seed, draw_noise
+
+SAMPLER = "dpmpp_2m"  # what is used where nothing else is asked for
+
+
+class Level(NamedTuple):
+    """One level of noise: x_t = alpha x_start + sigma noise. The clean end has t = -1."""
+
+    t: int
+    alpha: float
+    sigma: float
 
 
 def compute_sample_times(timesteps, sample_timesteps):
@@ -19,51 +33,79 @@ def compute_sample_times(timesteps, sample_timesteps):
     return torch.linspace(timesteps - 1, 0, sample_timesteps).round().long().tolist()
 
 
-def _walk(denoise, x_t, diffusion, sample_timesteps):
-    """Yields (x_start, alpha, sigma, next alpha, next sigma) a step and takes x_t back by send();
-    after the last timestep comes the clean picture: alpha 1, sigma 0."""
-    times = compute_sample_times(diffusion.timesteps, sample_timesteps)
-    levels = [(diffusion.alpha[t].item(), diffusion.sigma[t].item()) for t in times] + [(1.0, 0.0)]
-    for i, t in enumerate(times):
-        x_start = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x_t = yield x_t, x_start, *levels[i], *levels[i + 1]
+def compute_levels(diffusion, sample_timesteps):
+    """The levels of `compute_sample_times`, and after them the clean picture."""
+    return [Level(t, diffusion.alpha[t].item(), diffusion.sigma[t].item())
+            for t in compute_sample_times(diffusion.timesteps, sample_timesteps)] \
+        + [Level(-1, 1.0, 0.0)]
 
 
-def sample_ddim(denoise, x_t, diffusion, sample_timesteps):
-    """x_start (B, ...) from noise x_t, deterministically. Song et al. 2021 (arXiv 2010.02502),
-    eq. 12 with sigma 0."""
-    walk = _walk(denoise, x_t, diffusion, sample_timesteps)
-    step = next(walk)
-    while True:
-        x_t, x_start, alpha, sigma, next_alpha, next_sigma = step
-        noise = (x_t - alpha * x_start) / sigma
-        x_t = next_alpha * x_start + next_sigma * noise
-        try:
-            step = walk.send(x_t)
-        except StopIteration:
-            return x_t
+# ----------------------------------------------------------------------------------------------
+# samplers: noise x_t (B, ...) of the first level -> x_start (B, ...); draw(step): fresh noise
 
 
-def sample_dpmpp_2m(denoise, x_t, diffusion, sample_timesteps):
-    """x_start (B, ...) from noise x_t by DPM-Solver++(2M). Lu et al. 2022 (arXiv 2211.01095),
-    algorithm 2; the last step is first order."""
-    walk = _walk(denoise, x_t, diffusion, sample_timesteps)
-    step, previous, previous_h = next(walk), None, None
-    while True:
-        x_t, x_start, alpha, sigma, next_alpha, next_sigma = step
-        if next_sigma == 0:
-            return x_start
-        ratio = (next_sigma * alpha) / (sigma * next_alpha)  # exp(-h), h the step in log-SNR / 2
-        h = -torch.tensor(ratio).log().item()
+def sample_ddim(denoise, x_t, levels, draw=None, eta=0.0):
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16. eta 0 is deterministic."""
+    for step, (level, after) in enumerate(pairwise(levels)):
+        x_start = denoise(x_t, level.t)
+        noise = (x_t - level.alpha * x_start) / level.sigma
+        fresh = eta * after.sigma / level.sigma * math.sqrt(
+            max(0.0, 1 - (level.alpha / after.alpha) ** 2))
+        x_t = after.alpha * x_start + math.sqrt(after.sigma ** 2 - fresh ** 2) * noise
+        if fresh:
+            x_t = x_t + fresh * draw(step)
+    return x_t
+
+
+def sample_ddpm(denoise, x_t, levels, draw):
+    """Ancestral sampling with the variance of the posterior (Ho et al. 2020, eq. 6 and 7), over the
+    levels that are walked: DDIM with eta 1 (Song et al. 2021, sec. 4.1)."""
+    return sample_ddim(denoise, x_t, levels, draw, eta=1.0)
+
+
+def sample_dpmpp_2m(denoise, x_t, levels, draw=None):
+    """DPM-Solver++(2M). Lu et al. 2022 (arXiv 2211.01095), algorithm 2; the first and the last step
+    are first order."""
+    previous, previous_h = None, None
+    for level, after in pairwise(levels):
+        x_start = denoise(x_t, level.t)
+        if after.sigma == 0:
+            x_t = x_start
+            break
+        ratio = (after.sigma * level.alpha) / (level.sigma * after.alpha)  # exp(-h)
+        h = -math.log(ratio)  # the step in log(alpha / sigma)
         direction = x_start
         if previous is not None:
             direction = x_start + (x_start - previous) * h / (2 * previous_h)
-        x_t = next_sigma / sigma * x_t + next_alpha * (1 - ratio) * direction
+        x_t = after.sigma / level.sigma * x_t + after.alpha * (1 - ratio) * direction
         previous, previous_h = x_start, h
-        step = walk.send(x_t)
+    return x_t
 
 
-SAMPLERS = {"ddim": sample_ddim, "dpmpp_2m": sample_dpmpp_2m}
+SAMPLERS = {"ddim": sample_ddim, "ddpm": sample_ddpm, "dpmpp_2m": sample_dpmpp_2m}
+
+
+def invert_ddim(denoise, x_start, levels):
+    """The noise of the first level from which DDIM draws x_start (B, ...), about: its steps walked
+    backwards. Ramesh et al. 2022, sec. 3.1; Dhariwal and Nichol 2021, appendix F."""
+    x_t = x_start  # taken for the least noisy level's
+    for after, level in pairwise(reversed(levels[:-1])):
+        x_start = denoise(x_t, after.t)
+        noise = (x_t - after.alpha * x_start) / after.sigma
+        x_t = level.alpha * x_start + level.sigma * noise
+    return x_t
+
+
+def threshold(x_start, kind):
+    """Brings x_start (B, 3, H, W) into [-1, 1]: "static" clamps; "dynamic" (Saharia et al. 2022,
+    sec. 2.3) first divides by the 99.5th percentile of a picture's absolute values, if above 1."""
+    if kind == "dynamic":
+        scale = x_start.abs().flatten(1).quantile(0.995, dim=1).clamp(min=1)
+        x_start = x_start / scale.view(-1, 1, 1, 1)
+    return x_start.clamp(-1, 1)
+
+
+THRESHOLDS = "static", "dynamic"
 
 
 def guide(predict, cond_scale):
@@ -79,81 +121,101 @@ def guide(predict, cond_scale):
     return guided
 
 
+# ----------------------------------------------------------------------------------------------
+# prior and decoder
+
+
 @torch.no_grad()
 def sample_image_embed(prior, config, text_embed, text_encodings, seeds, *, cond_scale=None,
-                       sample_timesteps=None, sampler="dpmpp_2m"):
+                       sample_timesteps=None, sampler=SAMPLER):
     """image_embed (B, D), unit norm, for text_embed (B, D) and text_encodings (B, L, D).
 
     prior, config: network and PriorConfig; seeds: one int a row; cond_scale, sample_timesteps: None
-    is the config's.
+    is the config's; sampler: a name of SAMPLERS.
     """
     cond_scale = config.cond_scale if cond_scale is None else cond_scale
-    device, dim = text_embed.device, text_embed.shape[-1]
+    device, shape = text_embed.device, text_embed.shape[-1:]
     diffusion = Diffusion(config.timesteps, config.beta_schedule, predict_x_start=True,
                           device=device)
-    times = 1 if cond_scale == 1 else 2
-    text_embed, text_encodings = text_embed.repeat(times, 1), text_encodings.repeat(times, 1, 1)
-
-    def predict(x_t, t, drop):
-        return prior(x_t, t, text_embed=text_embed, text_encodings=text_encodings,
-                     text_cond_drop_prob=drop)
-
-    guided = guide(predict, cond_scale)
-    x_t = draw_noise([derive_seed(seed, "prior") for seed in seeds], (dim,), device)
-    embed = SAMPLERS[sampler](guided, x_t, diffusion, sample_timesteps or config.sample_timesteps)
+    drop = torch.zeros(len(text_embed), device=device)  # as `guide` orders them
+    if cond_scale != 1:
+        text_embed, text_encodings = text_embed.repeat(2, 1), text_encodings.repeat(2, 1, 1)
+        drop = torch.cat([drop, drop + 1])
+    prefix = prior.read_text(text_embed, text_encodings, drop)
+    guided = guide(lambda x_t, t, drop: prior(x_t, t, prefix=prefix), cond_scale)
+    embed = SAMPLERS[sampler](
+        lambda x_t, t: guided(x_t, torch.full((len(x_t),), t, device=device)),
+        draw_part(seeds, shape, device, "prior"),
+        compute_levels(diffusion, sample_timesteps or config.sample_timesteps),
+        lambda step: draw_part(seeds, shape, device, "prior", step))
     return F.normalize(embed, dim=-1)
 
 
 @torch.no_grad()
 def sample_images(unets, configs, image_embed, seeds, *, cond_scale=None, sample_timesteps=None,
-                  sampler="dpmpp_2m"):
+                  sampler=SAMPLER, thresholding="static", noise=None):
     """image (B, 3, H, W) in [0, 1] for image_embed (B, D), unit norm, through all stages.
 
     unets, configs: the networks and UnetConfigs, first stage first; seeds: one int a picture;
-    cond_scale: guidance of the first stage; sample_timesteps: of every stage; None: the config's.
+    cond_scale: guidance of the first stage; sample_timesteps: of every stage, or one a stage; None:
+    the config's. sampler, thresholding: names of SAMPLERS and THRESHOLDS; noise (B, 3, h, w): what
+    the first stage begins from, in place of the seeds'.
     """
-    image = None
-    for number, (unet, config) in enumerate(zip(unets, configs, strict=True), start=1):
-        diffusion = build_diffusion(config, image_embed.device)
-        x_t = draw_noise([derive_seed(seed, "unet", number) for seed in seeds],
-                         (3, config.image_size, config.image_size), image_embed.device)
+    image, device = None, image_embed.device
+    if not isinstance(sample_timesteps, (tuple, list)):
+        sample_timesteps = [sample_timesteps] * len(unets)
+    for number, (unet, config, steps) in enumerate(zip(unets, configs, sample_timesteps,
+                                                       strict=True), start=1):
+        shape = 3, config.image_size, config.image_size
         if number == 1:
-            scale = config.cond_scale if cond_scale is None else cond_scale
-            embeds = image_embed if scale == 1 else image_embed.repeat(2, 1)
-            predict = guide(lambda x, t, drop: unet(x, t, image_embed=embeds,
-                                                    image_cond_drop_prob=drop), scale)
+            denoise = build_denoiser(unet, config, image_embed, cond_scale, thresholding)
         else:
-            lowres, level = noise_lowres(
-                resize(image, config.image_size) * 2 - 1,
-                torch.full((len(seeds),), config.lowres_noise_level, device=image.device),
-                draw_noise([derive_seed(seed, "lowres", number) for seed in seeds],
-                           x_t.shape[1:], image.device))
-            # one at a time on a CPU, whose caches hold one picture of 256 px: twice as fast there
-            rows = 1 if image.device.type == "cpu" else len(seeds)
-            predict = lambda x, t: torch.cat([  # noqa: E731
-                unet(x_part, t_part, image_embed=None, lowres_cond_img=lowres_part,
-                     lowres_noise_level=level_part)
-                for x_part, t_part, lowres_part, level_part in zip(*(
-                    tensor.split(rows) for tensor in (x, t, lowres, level)))])
-
-        def denoise(x_t, t):
-            return diffusion.to_x_start(predict(x_t, t).float(), x_t, t).clamp(-1, 1)
-
-        x_start = SAMPLERS[sampler](denoise, x_t, diffusion,
-                                    sample_timesteps or config.sample_timesteps)
+            denoise = build_upsampler(unet, config, image, draw_part(seeds, shape, device, "lowres",
+                                                                     number), thresholding)
+        x_t = noise if number == 1 and noise is not None else \
+            draw_part(seeds, shape, device, "unet", number)
+        x_start = SAMPLERS[sampler](
+            denoise, x_t, compute_levels(build_diffusion(config, device),
+                                         steps or config.sample_timesteps),
+            lambda step: draw_part(seeds, shape, device, "unet", number, step))
         image = (x_start.clamp(-1, 1) + 1) / 2
     return image
 
 
-def build_diffusion(config, device):
-    """The process of one decoder stage, from its UnetConfig."""
-    return Diffusion(config.timesteps, config.beta_schedule, config.predict_v,
-                     config.predict_x_start, config.min_snr_gamma, device)
+def build_denoiser(unet, config, image_embed, cond_scale=None, thresholding="static"):
+    """denoise(x_t, t) of the first stage for image_embed (B, D), guided."""
+    scale = config.cond_scale if cond_scale is None else cond_scale
+    diffusion = build_diffusion(config, image_embed.device)
+    embeds = image_embed if scale == 1 else image_embed.repeat(2, 1)
+    guided = guide(lambda x_t, t, drop: unet(x_t, t, image_embed=embeds,
+                                             image_cond_drop_prob=drop), scale)
+
+    def denoise(x_t, t):
+        t = torch.full((len(x_t),), t, device=x_t.device)
+        return threshold(diffusion.to_x_start(guided(x_t, t).float(), x_t, t), thresholding)
+    return denoise
 
 
-def noise_lowres(lowres_cond_img, level, noise):
-    """Noise conditioning augmentation (Saharia et al. 2022, sec. 2.4), as dalle2-pytorch does it:
-    the conditioning picture (B, 3, H, W) in [-1, 1], noised to timestep `level` (B,) of a linear
-    schedule of 1000. Returns it with `level`."""
-    diffusion = Diffusion(1000, "linear", device=lowres_cond_img.device)
-    return diffusion.q_sample(lowres_cond_img, level, noise), level
+def build_upsampler(unet, config, image, noise, thresholding="static"):
+    """denoise(x_t, t) of a later stage for image (B, 3, h, w) in [0, 1], the one before; noise
+    (B, 3, H, W) for its augmentation. Nothing to drop, so never guided."""
+    diffusion = build_diffusion(config, image.device)
+    lowres, level = noise_lowres(
+        resize(image, config.image_size) * 2 - 1,
+        torch.full((len(image),), config.lowres_noise_level, device=image.device), noise)
+    # one at a time on a CPU, whose caches hold one picture of 256 px: twice as fast there
+    rows = 1 if image.device.type == "cpu" else len(image)
+
+    def denoise(x_t, t):
+        t = torch.full((len(x_t),), t, device=x_t.device)
+        prediction = torch.cat([
+            unet(x_part, t_part, lowres_cond_img=lowres_part, lowres_noise_level=level_part)
+            for x_part, t_part, lowres_part, level_part in zip(*(
+                part.split(rows) for part in (x_t, t, lowres, level)))])
+        return threshold(diffusion.to_x_start(prediction.float(), x_t, t), thresholding)
+    return denoise
+
+
+def draw_part(seeds, shape, device, *part):
+    """Standard normal (B, *shape) for one part of the drawing; row i depends on seeds[i] alone."""
+    return draw_noise([derive_seed(seed, *part) for seed in seeds], shape, device)

@@ -28,8 +28,8 @@ from dalle2.rng import BatchRandom
 LOG_EVERY = 25
 SHOWN = "loss", "val_loss", "val_cosine", "recall@1"  # beside the progress bar
 MAX_BAD_STEPS = 20     # in a row without a finite gradient; fp16 needs a few to find its scale
-MAY_CHANGE = ("num_steps", "save_every", "save_minutes", "validate_every",
-              "gradient_accumulation_steps", "mixed_precision")  # settings a resumed run may change
+MAY_CHANGE = {"num_steps", "save_every", "save_minutes", "validate_every", "mixed_precision",
+              "gradient_accumulation_steps", "compile"}  # what a resumed run may set otherwise
 
 
 def train(
@@ -53,7 +53,7 @@ def train(
     """
     c, run_dir, device = train_config, Path(run_dir), accelerator.device
     is_main = accelerator.is_main_process
-    size = count_rows(c, accelerator.num_processes)
+    count_rows(c, accelerator.num_processes)  # a batch that does not divide is told before anything
     with contextlib.ExitStack() as stack:
         if is_main:
             stack.enter_context(hold_lock(run_dir / ".lock", wait=False, told=UserError(
@@ -64,6 +64,8 @@ def train(
         # ---- model, average, optimizer
         module = module.to(device)
         ema = AveragedModel(module, multi_avg_fn=build_ema_function(c.ema_decay))
+        if c.compile:
+            module.compile()
         model, *optimizers = accelerator.prepare(module, *build_optimizers(module, c))
         module = accelerator.unwrap_model(model)
 
@@ -109,31 +111,10 @@ def train(
                 break
             model.train()
             lr_factor = compute_lr_factor(c, step)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * lr_factor
-            losses = []
-            for micro_step in range(c.gradient_accumulation_steps):
-                first = (micro_step * accelerator.num_processes + accelerator.process_index) * size
-                rows = slice(first, first + size)
-                key = dict(batch_size=c.batch_size, rows=rows)
-                batch = draw_batch(step, rows, BatchRandom(c.seed, step, "data", **key))
-                batch = {name: value.to(device) for name, value in batch.items()}
-                last = micro_step == c.gradient_accumulation_steps - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    loss = compute_loss(model, batch, BatchRandom(
-                        c.seed, step, "noise", device=device, **key)).mean()
-                    accelerator.backward(loss / c.gradient_accumulation_steps)
-                losses.append(loss.detach())
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), c.max_grad_norm)
-            if accelerator.scaler is None:
-                skip_unless_finite(optimizers, grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            loss = compute_gradients(model, accelerator, c, step, draw_batch, compute_loss)
+            grad_norm = update_weights(model, optimizers, accelerator, c, lr_factor)
             ema.update_parameters(module)
-            pending.append((step + 1, c.lr * lr_factor, torch.stack(losses).mean(),
-                            grad_norm.detach()))
+            pending.append((step + 1, c.lr * lr_factor, loss, grad_norm))
             progress.update()
 
             # ---- log, validate, save
@@ -174,6 +155,46 @@ def train(
 
 # ----------------------------------------------------------------------------------------------
 # its parts
+
+
+def compute_gradients(model, accelerator, config, step, draw_batch, compute_loss):
+    """Gradients of `step`, in `gradient_accumulation_steps` parts. Returns this process's mean
+    loss, left on the device: nothing here waits for it."""
+    losses, parts = [], config.gradient_accumulation_steps
+    size = count_rows(config, accelerator.num_processes)
+    for part in range(parts):
+        first = (part * accelerator.num_processes + accelerator.process_index) * size
+        rows = slice(first, first + size)
+        key = dict(batch_size=config.batch_size, rows=rows)
+        batch = draw_batch(step, rows, BatchRandom(config.seed, step, "data", **key))
+        batch = {name: move(value, accelerator.device) for name, value in batch.items()}
+        with contextlib.nullcontext() if part == parts - 1 else accelerator.no_sync(model):
+            loss = compute_loss(model, batch, BatchRandom(
+                config.seed, step, "noise", device=accelerator.device, **key)).mean()
+            accelerator.backward(loss / parts)
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def update_weights(model, optimizers, accelerator, config, lr_factor):
+    """Clips the gradients, steps and forgets them. Returns their norm, left on the device."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    if accelerator.scaler is None:
+        skip_unless_finite(optimizers, grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return grad_norm.detach()
+
+
+def move(tensor, device):
+    """`tensor` on `device`, without waiting where it goes to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @contextlib.contextmanager

@@ -61,9 +61,11 @@ def chain(tmp_path_factory, toy):
     return out
 
 
-def render(chain, folder, *flags):
-    return call(sys.executable, "test_dalle2.py", "--output_dir", folder, "--sample_timesteps", 2,
-                "--prior_ckpt", chain / "prior" / "prior.safetensors",
+def render(chain, folder, *flags, processes=1):
+    launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                        "--nproc_per_node", processes]
+    return call(sys.executable, *launch, "test_dalle2.py", "--output_dir", folder,
+                "--sample_timesteps", 2, "--prior_ckpt", chain / "prior" / "prior.safetensors",
                 "--decoder_ckpt", chain / "decoder" / "decoder.safetensors", *flags)
 
 
@@ -81,20 +83,46 @@ def test_captions_of_a_coco_file_are_rendered(chain, toy, tmp_path):
     assert {"chance", tmp_path.name} == set(columns)
 
 
-def test_prompts_and_seeds(chain, tmp_path):
-    prompts = ["--prompt", "a red box / circle", "--prompt", "ünïcode ☃", "--samples_per_prompt", 2]
-    render(chain, tmp_path / "a", *prompts, "--batch_size", 1)
-    entries = check_pictures(tmp_path / "a", 4)
-    assert len({entry["seed"] for entry in entries}) == 4
-    render(chain, tmp_path / "b", *prompts)
-    render(chain, tmp_path / "c", *prompts, "--seed", 1)
+def read_files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.jpg")
+            if path.name != "grid.jpg"}
 
-    def difference(other):
-        return max(np.abs(np.asarray(Image.open(tmp_path / "a" / entry["file"]), dtype=float)
-                          - np.asarray(Image.open(tmp_path / other / entry["file"]))).max()
-                   for entry in entries)
-    assert difference("b") <= 4
-    assert entries != json.loads((tmp_path / "c" / "manifest.json").read_text())["images"]
+
+def test_a_picture_depends_on_prompt_and_seed_alone(chain, tmp_path):
+    """Not on the batch that it is in, its neighbours, or the number of processes."""
+    prompts = ["--prompt", "a red box / circle", "--prompt", "ünïcode ☃ " + "and more " * 9,
+               "--samples_per_prompt", 3]
+    render(chain, tmp_path / "a", *prompts, "--batch_size", 1)
+    entries = check_pictures(tmp_path / "a", 6)
+    assert len({entry["seed"] for entry in entries}) == 6
+    render(chain, tmp_path / "b", *prompts)
+    render(chain, tmp_path / "c", *prompts, "--batch_size", 2, processes=2)
+    render(chain, tmp_path / "d", *prompts, "--seed", 1)
+    files = read_files(tmp_path / "a")
+    assert len(set(files.values())) == 6
+    assert files == read_files(tmp_path / "b") == read_files(tmp_path / "c")
+    assert not set(files.values()) & set(read_files(tmp_path / "d").values())
+    manifests = [json.loads((tmp_path / x / "manifest.json").read_text()) for x in "abc"]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_the_best_of_several_is_kept(chain, tmp_path):
+    prompts = ["--prompt", "a red box", "--prompt", "a disc", "--samples_per_prompt", 3]
+    render(chain, tmp_path, *prompts)
+    every = check_pictures(tmp_path, 6)
+    out = render(chain, tmp_path, *prompts, "--rerank")
+    assert "6 of 6 rendered already" in out
+    best = check_pictures(tmp_path, 2)
+    for part, entry in zip((every[:3], every[3:]), best):
+        assert entry == max(part, key=lambda e: e["clip_score"])
+
+
+def test_the_gallery_shows_the_nearest_training_picture(chain, toy, tmp_path):
+    render(chain, tmp_path, "--prompt", "a red box", "--store_dir", chain / "store",
+           "--train_img_path", toy / "train", "--train_annot_path", toy / "captions_train.json")
+    (entry,) = check_pictures(tmp_path, 1)
+    assert (toy / "train" / entry["nearest_train"]["file"]).is_file()
+    assert "nearest in training" in (tmp_path / "index.html").read_text()
 
 
 def test_the_decoder_can_be_fed_the_true_embedding(chain, toy, tmp_path):

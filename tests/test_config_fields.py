@@ -53,7 +53,7 @@ def assert_changes(seen, kind, run, before, after):
 
 
 def test_the_walks_leave_no_field_out():
-    for kind, walked in ((TrainConfig, {*TRAIN, "mixed_precision"}), (ClipConfig, CLIP),
+    for kind, walked in ((TrainConfig, {*TRAIN, "mixed_precision", "compile"}), (ClipConfig, CLIP),
                          (PriorConfig, PRIOR), (UnetConfig, {**UNET, **UPSAMPLER})):
         assert {item.name for item in fields(kind)} - {"train"} == set(walked)
 

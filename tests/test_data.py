@@ -91,7 +91,7 @@ def test_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, clip
     torch.testing.assert_close(torch.tensor(store.text_embed[row]).float(), text_embed[0],
                                atol=2e-3, rtol=0)
     loaded = store.load_text_encodings([row], text_encodings.shape[1])
-    torch.testing.assert_close(loaded, text_encodings, atol=6e-3, rtol=2e-3)
+    torch.testing.assert_close(loaded.float(), text_encodings, atol=6e-3, rtol=2e-3)
 
 
 def test_the_picture_of_the_nearest_caption_is_found(store):

@@ -1,0 +1,145 @@
+"""A trained prior, decoder and their CLIP together: captions in, pictures out."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
+from dalle2.config import PriorConfig, UnetConfig, UserError
+from dalle2.models import load_decoder, load_prior
+from dalle2.sampling import SAMPLER, sample_image_embed, sample_images
+
+ROWS = 4  # that a CPU computes together: nearly as fast as sixteen
+
+
+def add_checkpoint_flags(parser):
+    """The flags that `load_pipeline` reads."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--prior_ckpt", default="output/prior/prior.safetensors",
+                       help="what train_prior.py exported")
+    group.add_argument("--decoder_ckpt", default="output/decoder/decoder.safetensors",
+                       help="what train_decoder.py exported")
+    group.add_argument("--clip_model", help="None: the CLIP that the checkpoints name")
+    group.add_argument("--clip_pretrained", help="None: the CLIP that the checkpoints name")
+    group.add_argument("--compile", action="store_true",
+                       help="the networks by torch.compile, after a minute or two at the start")
+
+
+@dataclass
+class Pipeline:
+    """What `load_pipeline` gives. Every method takes one seed a row, and a row depends on its own
+    seed, caption or embedding alone: on a CPU to the last bit, since rows are computed in groups of
+    ROWS there, whatever their number; on a GPU, where all are computed at once, up to rounding."""
+
+    clip: FrozenClip
+    prior: torch.nn.Module
+    prior_config: PriorConfig
+    unets: list             # networks, first stage first
+    unet_configs: list[UnetConfig]
+    header: dict            # of the prior's export
+
+    def embed_captions(self, captions):
+        """list of B strings -> text_embed (B, D), unit norm, and text_encodings (B, L, D), as the
+        prior has been trained on them."""
+        groups = [[caption] for caption in captions] if self.clip.device.type == "cpu" \
+            else [captions]
+        return tuple(map(torch.cat, zip(*map(self._embed_group, groups))))
+
+    def _embed_group(self, captions):
+        text_tokens = self.clip.tokenize(captions)
+        text_embed, text_encodings = self.clip.embed_text(text_tokens)
+        return text_embed, fit_text_encodings(text_encodings, text_tokens, self.clip,
+                                              self.prior_config.max_text_len)
+
+    def sample_image_embed(self, captions, seeds, *, prior_cond_scale=None, sample_timesteps=None,
+                           sampler=SAMPLER):
+        """image_embed (B, D), unit norm, that the prior draws for the captions."""
+        text_embed, text_encodings = self.embed_captions(captions)
+        return self._compute_rows(len(seeds), lambda rows: sample_image_embed(
+            self.prior, self.prior_config, text_embed[rows], text_encodings[rows],
+            [seeds[row] for row in rows], cond_scale=prior_cond_scale,
+            sample_timesteps=sample_timesteps, sampler=sampler))
+
+    def sample_images(self, image_embed, seeds, *, noise=None, **options):
+        """image (B, 3, H, W) in [0, 1] of image_embed (B, D); noise and options: of
+        `dalle2.sampling.sample_images`."""
+        return self._compute_rows(len(seeds), lambda rows: sample_images(
+            self.unets, self.unet_configs, image_embed[rows], [seeds[row] for row in rows],
+            noise=None if noise is None else noise[rows], **options))
+
+    def embed_images(self, images):
+        """images (B, 3, H, W), float in [0, 1] or uint8 -> image_embed (B, D), unit norm."""
+        return self._compute_rows(len(images), lambda rows: self.clip.embed_image(images[rows]))
+
+    def _compute_rows(self, count, function):
+        """`function` of a list of row indexes, for all rows: on a CPU in groups of ROWS, the last
+        one filled up with repetitions."""
+        if self.clip.device.type != "cpu":
+            return function(list(range(count)))
+        groups = [list(range(count))[start:start + ROWS] for start in range(0, count, ROWS)]
+        return torch.cat([function(rows + rows[:1] * (ROWS - len(rows)))[:len(rows)]
+                          for rows in groups])
+
+    def split_timesteps(self, sample_timesteps):
+        """What --sample_timesteps holds, as (the prior's, list of each stage's); None: the
+        configs'. One number is for all. UserError where there are too few or too many."""
+        count = 1 + len(self.unets)
+        steps = list(sample_timesteps or [None])
+        steps = steps * count if len(steps) == 1 else steps
+        if len(steps) != count:
+            raise UserError(f"--sample_timesteps: one number, or {count}: the prior's and those of "
+                            f"{len(self.unets)} stages")
+        return steps[0], steps[1:]
+
+
+def load_pipeline(args, device):
+    """The Pipeline that the flags of `add_checkpoint_flags` name, on `device`.
+
+    Raises UserError, naming the flag, where a file is missing, is of another kind, or prior,
+    decoder and CLIP do not belong together.
+    """
+    prior, prior_config, header = load_prior(args.prior_ckpt)
+    unets, unet_configs, decoder_header = load_decoder(args.decoder_ckpt)
+    missing = [n for n in range(1, len(decoder_header["stages"]) + 1) if n not in unets]
+    if missing:
+        raise UserError(f"--decoder_ckpt: stage {missing[0]} is not trained yet: "
+                        f"sh scripts/train_decoder.sh --unet_number {missing[0]}")
+    clip = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
+    networks = [prior.to(device), *(unets[n].to(device) for n in sorted(unets))]
+    if args.compile:
+        for network in networks:
+            network.compile()
+    return Pipeline(clip, prior, prior_config, networks[1:],
+                    [unet_configs[n] for n in sorted(unet_configs)], header)
+
+
+def load_matching_clip(args, recorded, decoder_recorded, device):
+    """The FrozenClip that both checkpoints were trained with; UserError where it is another."""
+    if recorded["fingerprint"] != decoder_recorded["fingerprint"]:
+        raise UserError("--decoder_ckpt: prior and decoder were trained with different CLIPs "
+                        f"({recorded['clip_pretrained']} {recorded['fingerprint']}, "
+                        f"{decoder_recorded['clip_pretrained']} {decoder_recorded['fingerprint']})")
+    pretrained = args.clip_pretrained
+    if pretrained is None:
+        beside = Path(args.prior_ckpt).parent / recorded["relative_path"]
+        use_beside = recorded["relative_path"] and beside.is_file()
+        pretrained = os.path.normpath(beside) if use_beside else recorded["clip_pretrained"]
+    clip = load_clip(args.clip_model or recorded["clip_model"], pretrained, device)
+    fingerprint = compute_fingerprint(clip)
+    if fingerprint != recorded["fingerprint"]:
+        raise UserError(f"--clip_pretrained: {pretrained} ({fingerprint}) is not the CLIP that the "
+                        f"checkpoints were trained with ({recorded['fingerprint']})")
+    return clip
+
+
+def fit_text_encodings(text_encodings, text_tokens, clip, max_text_len):
+    """(B, L, D) -> (B, max_text_len, D), a longer caption keeping its end token: what
+    Store.load_text_encodings does for training."""
+    lengths = clip.compute_text_mask(text_tokens).sum(1)  # (B,)
+    out = text_encodings[:, :max_text_len].clone()
+    for i in (lengths > max_text_len).nonzero().flatten().tolist():
+        out[i, -1] = text_encodings[i, lengths[i] - 1]
+    return F.pad(out, (0, 0, 0, max_text_len - out.shape[1]))

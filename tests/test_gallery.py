@@ -1,0 +1,101 @@
+"""The gallery in a real browser, where there is one."""
+
+import shutil
+
+import pytest
+import torch
+
+from dalle2.gallery import write_gallery
+from dalle2.images import save_jpeg
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") \
+    or shutil.which("google-chrome")
+
+
+def make_gallery(folder):
+    captions = ["a red bus", 'a "blue" <b>bus</b> & sheep', "two red sheep", "a cat " + "x" * 200]
+    entries = []
+    for number, caption in enumerate(captions):
+        save_jpeg(torch.full((3, 256, 256), number / 4), folder / f"no {number} #.jpg")
+        entries.append({"file": f"no {number} #.jpg", "caption": caption, "image_id": None,
+                        "seed": number, "clip_score": (number * 3 % 4) / 4})
+    save_jpeg(torch.ones(3, 64, 64), folder / "photo.png")
+    nearest = [(torch.zeros(3, 256, 256, dtype=torch.uint8), 0.1 * n) for n in (3, 1, 4, 2)]
+    write_gallery(folder / "index.html", entries, {"cond_scale": 2.0, "seed": 0},
+                  [folder / "photo.png", None, None, None], nearest)
+    return folder / "index.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, tmp_path):
+    page = browser.new_page()
+    page.asked, page.errors = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("pageerror", lambda error: page.errors.append(error))
+    page.goto(make_gallery(tmp_path).as_uri())
+    yield page
+    assert not page.errors
+    assert all(url.startswith(("file:", "data:")) for url in page.asked), page.asked
+    page.close()
+
+
+def list_shown(page):
+    """Captions of the figures that are shown, in the order of the page."""
+    return page.eval_on_selector_all(
+        "figure:not([hidden])", "figures => figures.map(f => f.querySelector('img').alt)")
+
+
+def test_pictures_load_and_captions_are_text(page):
+    page.wait_for_function("[...document.images].slice(0, 9).every(i => i.complete)")
+    widths = page.eval_on_selector_all(".rendered img", "list => list.map(i => i.naturalWidth)")
+    assert widths == [256] * 4
+    assert page.locator("figure").nth(1).locator("figcaption").inner_text().startswith(
+        'a "blue" <b>bus</b> & sheep')
+
+
+def test_words_filter_in_any_order(page):
+    assert page.locator("output").inner_text() == "4 of 4"
+    page.fill("input", "sheep RED")
+    assert list_shown(page) == ["two red sheep"]
+    assert page.locator("output").inner_text() == "1 of 4"
+    page.fill("input", "<b>")
+    assert len(list_shown(page)) == 1
+    page.fill("input", "")
+    assert len(list_shown(page)) == 4
+
+
+def test_order_by_score_and_by_nearness(page):
+    page.select_option("select", "score -1")
+    scores = page.eval_on_selector_all("figure", "list => list.map(f => +f.dataset.score)")
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 4
+    page.select_option("select", "nearest -1")
+    assert list_shown(page)[0] == "two red sheep"
+    page.select_option("select", "number 1")
+    assert list_shown(page)[0] == "a red bus"
+
+
+def test_a_click_enlarges_and_another_closes(page):
+    assert not page.locator("dialog").is_visible()
+    page.locator(".rendered img").nth(2).click()
+    assert page.locator("dialog").is_visible()
+    assert page.locator("dialog p").inner_text() == "two red sheep"
+    assert page.locator("dialog img").evaluate("image => image.src").endswith("no%202%20%23.jpg")
+    page.locator("dialog").click()
+    assert not page.locator("dialog").is_visible()
+
+
+@pytest.mark.parametrize("width", [320, 1300])
+def test_nothing_is_wider_than_the_window(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,0 +1,80 @@
+"""Rendering a list of captions into a folder: what is there is not rendered again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dalle2.images import save_jpeg
+from dalle2.render import read_records, render_jobs
+
+
+class FakePipeline:
+    """Draws a grey picture from each seed; remembers the batches."""
+
+    def __init__(self, fails_after=None, memory=None):
+        self.batches, self.fails_after, self.memory = [], fails_after, memory
+        self.clip = SimpleNamespace(device=torch.device("cpu"))
+
+    def embed_images(self, images):
+        return torch.eye(4)[:1].repeat(len(images), 1)
+
+    def embed_captions(self, captions):
+        return torch.eye(4)[:1].repeat(len(captions), 1) * 0.5, None
+
+    def sample_image_embed(self, captions, seeds):
+        return torch.zeros(len(seeds), 4)
+
+    def sample_images(self, image_embed, seeds):
+        if self.memory and len(seeds) > self.memory:
+            raise torch.cuda.OutOfMemoryError
+        if len(self.batches) == self.fails_after:
+            raise InterruptedError
+        self.batches.append(list(seeds))
+        return torch.tensor(seeds)[:, None, None, None].expand(-1, 3, 8, 8) / 10
+
+
+JOBS = [{"caption": f"caption {n // 2}", "image_id": n, "photo": None, "seed": n}
+        for n in range(7)]
+
+
+def test_an_interrupted_rendering_goes_on_where_it_stopped(tmp_path):
+    first = FakePipeline(fails_after=2)
+    with pytest.raises(InterruptedError):
+        render_jobs(first, JOBS, tmp_path, {"cond_scale": 2}, batch_size=2)
+    second = FakePipeline()
+    entries = render_jobs(second, JOBS, tmp_path, {"cond_scale": 2}, batch_size=2)
+    assert first.batches + second.batches == [[0, 1], [2, 3], [4, 5], [6]]
+    assert [entry["seed"] for entry in entries] == list(range(7))
+    assert len({entry["file"] for entry in entries}) == 7
+    assert all((tmp_path / entry["file"]).is_file() for entry in entries)
+    assert entries[0] == {"file": "caption 0.jpg", "caption": "caption 0", "image_id": 0, "seed": 0,
+                          "clip_score": 0.5}
+
+
+def test_other_settings_and_lost_pictures_are_rendered_again(tmp_path):
+    render_jobs(FakePipeline(), JOBS, tmp_path, {"cond_scale": 2}, batch_size=4)
+    again = FakePipeline()
+    render_jobs(again, JOBS, tmp_path, {"cond_scale": 2}, batch_size=4)
+    assert again.batches == []
+    (tmp_path / "caption 1.jpg").unlink()
+    render_jobs(again, JOBS, tmp_path, {"cond_scale": 2}, batch_size=4)
+    assert again.batches == [[2]]
+    other = FakePipeline()
+    render_jobs(other, JOBS, tmp_path, {"cond_scale": 3}, batch_size=4)
+    assert len(sum(other.batches, [])) == 7
+
+
+def test_a_line_that_was_cut_off_is_rendered_again(tmp_path):
+    save_jpeg(torch.zeros(3, 8, 8), tmp_path / "a.jpg")
+    (tmp_path / ".rendered-0.jsonl").write_text(
+        '{"digest": "d", "file": "a.jpg", "caption": "a", "seed": 1}\n{"digest": "d", "fil')
+    assert list(read_records(tmp_path, "d")) == [("a.jpg", "a", 1)]
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(tmp_path):
+    pipeline = FakePipeline(memory=2)
+    entries = render_jobs(pipeline, JOBS, tmp_path, {}, batch_size=7)
+    assert pipeline.batches == [[0], [1, 2], [3, 4], [5, 6]] and len(entries) == 7
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        render_jobs(FakePipeline(memory=0.5), JOBS, tmp_path / "b", {})
