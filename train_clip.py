@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dalle2 import cli
 from dalle2.checkpoint import save_export
@@ -36,6 +37,8 @@ def main():
     # ---- data
     train_store, val_store = cli.open_stores(args)
     accelerator = cli.build_accelerator(config.train.mixed_precision)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the global batch
     pictures = {store: store.load_small_images(config.image_size)
                 for store in (train_store, val_store) if store}
     text_tokens = {store: tokenizer([c for group in store.captions for c in group])

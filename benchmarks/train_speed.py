@@ -63,6 +63,7 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, help=f"None: {BATCH_SIZES}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
+    parser.add_argument("--profile", action="store_true", help="and where a step of ours goes")
     parser.add_argument("--json", help="write the figures into this file as well")
     return parser.parse_args()
 
@@ -251,9 +252,11 @@ def main():
         if "ours" in args.ways:
             steps["(c) ours"] = build_our_step(name, preset, batch_size, device, args.compile)
         found[name] = measure(steps, args.rounds, device)
+        print_rows(name, batch_size, found[name], rates)
+        if args.profile:
+            print_profile(*steps["(c) ours"], device)
         steps.clear()
         gc.collect()
-        print_rows(name, batch_size, found[name], rates)
     print_decoder(args, found)
     if args.json:
         Path(args.json).write_text(json.dumps({"args": vars(args), "found": found}, indent=1))
@@ -270,6 +273,17 @@ def print_rows(name, batch_size, rows, rates):
         print(f"| {name}, {batch_size} | {way} | {batch_size / row['ms'] * 1e3:.2f} "
               f"| {row['ms']:.0f} | {row['update_ms']:.0f} | {row['gb']:.2f} | {rate:.0f} "
               f"| {share:.0%} | {faster} |", flush=True)
+
+
+def print_profile(compute, update, device):
+    """The operations that a step spends most of its time in."""
+    with torch.profiler.profile() as profile:
+        compute()
+        update()
+        read_clock(device)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    print(profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15,
+                                       max_name_column_width=40))
 
 
 def print_decoder(args, found):

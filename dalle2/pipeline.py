@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
 from dalle2.config import PriorConfig, UnetConfig, UserError
 from dalle2.models import load_decoder, load_prior
-from dalle2.sampling import SAMPLER, sample_image_embed, sample_images
-
-ROWS = 4  # that a CPU computes together: nearly as fast as sixteen
+from dalle2.sampling import GROUP, SAMPLER, call_in_groups, sample_image_embed, sample_images
 
 
 def add_checkpoint_flags(parser):
@@ -31,8 +29,7 @@ def add_checkpoint_flags(parser):
 @dataclass
 class Pipeline:
     """What `load_pipeline` gives. Every method takes one seed a row, and a row depends on its own
-    seed, caption or embedding alone: on a CPU to the last bit, since rows are computed in groups of
-    ROWS there, whatever their number; on a GPU, where all are computed at once, up to rounding."""
+    seed, caption or embedding alone: on a CPU to the last bit, on a GPU up to rounding."""
 
     clip: FrozenClip
     prior: torch.nn.Module
@@ -57,31 +54,20 @@ class Pipeline:
     def sample_image_embed(self, captions, seeds, *, prior_cond_scale=None, sample_timesteps=None,
                            sampler=SAMPLER):
         """image_embed (B, D), unit norm, that the prior draws for the captions."""
-        text_embed, text_encodings = self.embed_captions(captions)
-        return self._compute_rows(len(seeds), lambda rows: sample_image_embed(
-            self.prior, self.prior_config, text_embed[rows], text_encodings[rows],
-            [seeds[row] for row in rows], cond_scale=prior_cond_scale,
-            sample_timesteps=sample_timesteps, sampler=sampler))
+        def sample(text_embed, text_encodings, seeds):
+            return sample_image_embed(self.prior, self.prior_config, text_embed, text_encodings,
+                                      seeds.tolist(), cond_scale=prior_cond_scale,
+                                      sample_timesteps=sample_timesteps, sampler=sampler)
+        return call_in_groups(sample, GROUP, *self.embed_captions(captions), torch.tensor(seeds))
 
-    def sample_images(self, image_embed, seeds, *, noise=None, **options):
-        """image (B, 3, H, W) in [0, 1] of image_embed (B, D); noise and options: of
+    def sample_images(self, image_embed, seeds, **options):
+        """image (B, 3, H, W) in [0, 1] of image_embed (B, D); options: of
         `dalle2.sampling.sample_images`."""
-        return self._compute_rows(len(seeds), lambda rows: sample_images(
-            self.unets, self.unet_configs, image_embed[rows], [seeds[row] for row in rows],
-            noise=None if noise is None else noise[rows], **options))
+        return sample_images(self.unets, self.unet_configs, image_embed, seeds, **options)
 
     def embed_images(self, images):
         """images (B, 3, H, W), float in [0, 1] or uint8 -> image_embed (B, D), unit norm."""
-        return self._compute_rows(len(images), lambda rows: self.clip.embed_image(images[rows]))
-
-    def _compute_rows(self, count, function):
-        """`function` of a list of row indexes, for all rows: on a CPU in groups of ROWS, the last
-        one filled up with repetitions."""
-        if self.clip.device.type != "cpu":
-            return function(list(range(count)))
-        groups = [list(range(count))[start:start + ROWS] for start in range(0, count, ROWS)]
-        return torch.cat([function(rows + rows[:1] * (ROWS - len(rows)))[:len(rows)]
-                          for rows in groups])
+        return call_in_groups(self.clip.embed_image, 1, images)
 
     def split_timesteps(self, sample_timesteps):
         """What --sample_timesteps holds, as (the prior's, list of each stage's); None: the

@@ -15,7 +15,9 @@ from dalle2.data import resize
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.rng import derive_seed, draw_noise
 
-SAMPLER = "dpmpp_2m"  # what is used where nothing else is asked for
+SAMPLER = "ddim"  # the default: at least as good as the others at any number of steps, measured
+
+GROUP = 4         # rows that a CPU computes together
 
 
 class Level(NamedTuple):
@@ -186,13 +188,16 @@ def build_denoiser(unet, config, image_embed, cond_scale=None, thresholding="sta
     """denoise(x_t, t) of the first stage for image_embed (B, D), guided."""
     scale = config.cond_scale if cond_scale is None else cond_scale
     diffusion = build_diffusion(config, image_embed.device)
-    embeds = image_embed if scale == 1 else image_embed.repeat(2, 1)
-    guided = guide(lambda x_t, t, drop: unet(x_t, t, image_embed=embeds,
-                                             image_cond_drop_prob=drop), scale)
+
+    def predict(x_t, t, embed):
+        embed = embed if scale == 1 else embed.repeat(2, 1)
+        return guide(lambda x_t, t, drop: unet(x_t, t, image_embed=embed,
+                                               image_cond_drop_prob=drop), scale)(x_t, t)
 
     def denoise(x_t, t):
         t = torch.full((len(x_t),), t, device=x_t.device)
-        return threshold(diffusion.to_x_start(guided(x_t, t).float(), x_t, t), thresholding)
+        prediction = call_in_groups(predict, GROUP, x_t, t, image_embed)
+        return threshold(diffusion.to_x_start(prediction.float(), x_t, t), thresholding)
     return denoise
 
 
@@ -200,20 +205,33 @@ def build_upsampler(unet, config, image, noise, thresholding="static"):
     """denoise(x_t, t) of a later stage for image (B, 3, h, w) in [0, 1], the one before; noise
     (B, 3, H, W) for its augmentation. Nothing to drop, so never guided."""
     diffusion = build_diffusion(config, image.device)
-    lowres, level = noise_lowres(
+    condition = noise_lowres(
         resize(image, config.image_size) * 2 - 1,
         torch.full((len(image),), config.lowres_noise_level, device=image.device), noise)
-    # one at a time on a CPU, whose caches hold one picture of 256 px: twice as fast there
-    rows = 1 if image.device.type == "cpu" else len(image)
+
+    def predict(x_t, t, lowres, level):
+        return unet(x_t, t, lowres_cond_img=lowres, lowres_noise_level=level)
 
     def denoise(x_t, t):
         t = torch.full((len(x_t),), t, device=x_t.device)
-        prediction = torch.cat([
-            unet(x_part, t_part, lowres_cond_img=lowres_part, lowres_noise_level=level_part)
-            for x_part, t_part, lowres_part, level_part in zip(*(
-                part.split(rows) for part in (x_t, t, lowres, level)))])
+        prediction = call_in_groups(predict, 1, x_t, t, *condition)
         return threshold(diffusion.to_x_start(prediction.float(), x_t, t), thresholding)
     return denoise
+
+
+def call_in_groups(function, size, *tensors):
+    """`function` of all tensors (B, ...); on a CPU of `size` rows at a time, the last group filled
+    up with copies of its first row: what comes out for a row is then the same to the last bit
+    whatever the others are and however many. No slower there: its caches hold one picture of 256 px
+    (twice as fast as 16 at a time) and a few of 64."""
+    if tensors[0].device.type != "cpu":
+        return function(*tensors)
+    out = []
+    for parts in zip(*(tensor.split(size) for tensor in tensors)):
+        rows = [0] * size
+        rows[:len(parts[0])] = range(len(parts[0]))
+        out.append(function(*(part[rows] for part in parts))[:len(parts[0])])
+    return torch.cat(out)
 
 
 def draw_part(seeds, shape, device, *part):

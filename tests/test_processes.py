@@ -88,6 +88,18 @@ def test_two_processes_share_a_batch_and_change_nothing(name, tmp_path, data_fla
     assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-3)
 
 
+def test_two_processes_train_a_clip(tmp_path, data_flags, clip_path):
+    """Contrasting all their pairs; validating in one of them. The losses differ a little from one
+    process's: on a CPU the statistics of batch norm are those of a process."""
+    flags = ["--num_steps", "4", "--batch_size", "16", "--validate_every", "2"]
+    finish(start("clip", tmp_path / "one", data_flags, clip_path, *flags))
+    finish(start("clip", tmp_path / "two", data_flags, clip_path, *flags, processes=2))
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [row["step"] for row in two if "val_loss" in row] == [2, 4]
+    for row, other in zip(one, two, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0.1)
+
+
 def test_a_run_of_two_processes_goes_on_in_one(tmp_path, data_flags, clip_path):
     flags = ["--batch_size", "8", "--save_every", "3", "--validate_every", "6"]
     finish(start("prior", tmp_path / "whole", data_flags, clip_path, "--num_steps", "6", *flags))

@@ -1,0 +1,76 @@
+#!/bin/sh
+# Everything that only a GPU can show, in one go: the tests that need CUDA, the speed tables, a
+# profile, and MINUTES of training on photographs with captions, rendered from held-out captions.
+# Hardware: one CUDA GPU with 24 GB or more (80 GB for the base preset's tables). Disk: 5 GB.
+# Time: MINUTES + about 10. What it finds lies in OUT (default output/gpu_check).
+#   MINUTES=20 DATA=../shared/data/flickr8k sh benchmarks/gpu_check.sh
+# DATA holds annotations/captions_{train,val}.json (COCO captions format) and their pictures in
+# train/ and val/ or, for both, images/.  PRESET (small) is what is trained.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+
+minutes=${MINUTES:-20}
+data=${DATA:-../shared/data/flickr8k}
+out=${OUT:-output/gpu_check}
+preset=${PRESET:-small}
+need requirements.txt requirements-dev.txt
+mkdir -p "$out"
+export PYTHONWARNINGS=ignore
+
+echo "=== tests that need a GPU"
+"$PY" -m pytest tests/test_cuda.py -rs | tee "$out/tests.txt"
+
+echo "=== speed"
+for flag in "" --compile; do
+    # shellcheck disable=SC2086  # no word where the flag is empty
+    "$PY" benchmarks/train_speed.py --preset base --batch_size 32 $flag \
+        --profile --json "$out/train_speed$flag.json" | tee "$out/train_speed$flag.md"
+done
+"$PY" benchmarks/sample_speed.py --preset base --batch_size 16 | tee "$out/sample_speed.md"
+
+echo "=== $minutes minutes of training on $data, preset $preset"
+images() {
+    if [ -d "$data/$1" ]; then echo "$data/$1"; else echo "$data/images"; fi
+}
+set -- --preset "$preset" --store_dir "$out/store" --num_val_images 256 --log_with none \
+    --train_img_path "$(images train)" --train_annot_path "$data/annotations/captions_train.json" \
+    --val_img_path "$(images val)" --val_annot_path "$data/annotations/captions_val.json" \
+    --save_every 1000000 --validate_every 500 --gradient_accumulation_steps 1
+clip="--clip_pretrained $out/clip/clip.safetensors"
+
+# train NAME SHARE SCRIPT FLAGS: measures the pace over 40 steps, then takes the steps that SHARE
+# per cent of the minutes allow
+train() {
+    name=$1 share=$2 script=$3
+    shift 3
+    rm -rf "$out/pace"
+    "$PY" "$script" "$@" --num_steps 40 --val_annot_path "" --output_dir "$out/pace"
+    steps=$("$PY" -c "
+import glob, json, sys
+rows = [json.loads(line) for path in glob.glob('$out/pace/**/metrics.jsonl', recursive=True)
+        for line in open(path)]
+batch = rows[0]['samples_seen'] / rows[0]['step']
+print(max(100, int(rows[-1]['samples_per_sec'] / batch * 60 * $minutes * $share / 100)))")
+    echo "$name: $steps steps"
+    "$PY" "$script" "$@" --num_steps "$steps" --output_dir "$out/$name"
+}
+train clip 15 train_clip.py "$@" --batch_size 256
+train prior 15 train_prior.py "$@" $clip --batch_size 256
+train decoder 50 train_decoder.py "$@" $clip --unet_number 1 --batch_size 128
+train decoder 20 train_decoder.py "$@" $clip --unet_number 2 --batch_size 64
+
+echo "=== rendering 64 held-out captions; none is picked"
+"$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 64 --output_dir "$out/rendered" \
+    --test_annot_path "$data/annotations/captions_val.json" \
+    --prior_ckpt "$out/prior/prior.safetensors" \
+    --decoder_ckpt "$out/decoder/decoder.safetensors"
+for name in prior decoder; do
+    "$PY" -c "
+from safetensors import safe_open
+from safetensors.torch import save_file
+with safe_open('$out/$name/$name.safetensors', 'pt') as file:
+    state = {key: file.get_tensor(key).half() for key in file.keys()}
+    save_file(state, '$out/$name.fp16.safetensors', file.metadata())"
+done
+ls -l "$out"

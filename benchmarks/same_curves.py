@@ -1,0 +1,90 @@
+"""Does the faster code train the same? 200 steps with the stock modules and with ours, fp32, the
+same seed: the largest relative difference of the losses.
+
+Runs train_prior.py and train_decoder.py twice each on a data set made by data/toy_coco.py; the
+stock modules are given what they lack: a drawn dropout instead of one that they draw themselves.
+
+    python benchmarks/same_curves.py --data output/quickstart/toy_coco \\
+        --clip_pretrained output/quickstart/clip/clip.safetensors --output_dir output/same_curves
+"""
+
+import argparse
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+from dalle2 import fast_modules, models  # noqa: E402
+from dalle2.logger import read_metrics  # noqa: E402
+
+WAYS = "ours", "stock"
+RUNS = {"prior": ["train_prior.py"], "unet1": ["train_decoder.py", "--unet_number", "1"],
+        "unet2": ["train_decoder.py", "--unet_number", "2"]}
+
+
+class StockPrior(fast_modules.library.DiffusionPriorNetwork):
+    """Its samplers are not ours; here the text is read again at every call."""
+
+    def read_text(self, text_embed, text_encodings, drop):
+        return dict(text_embed=text_embed, text_encodings=text_encodings, text_cond_drop_prob=drop)
+
+    def forward(self, *args, prefix=None, **kwargs):
+        return super().forward(*args, **(prefix or kwargs))
+
+
+class StockUnet(fast_modules.library.Unet):
+    def forward(self, *args, image_embed=None, **kwargs):
+        return super().forward(*args, image_embed=image_embed, **kwargs)
+
+
+def use_stock_modules():
+    library = fast_modules.library
+    draw = library.prob_mask_like
+    library.prob_mask_like = lambda shape, prob, device: prob > 0.5 if torch.is_tensor(prob) \
+        else draw(shape, prob, device)
+    stock = {library.DiffusionPriorNetwork: StockPrior, library.Unet: StockUnet}
+
+    def keep(network):
+        network.__class__ = stock[type(network)]
+        return network
+    models.swap_modules = keep
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder that data/toy_coco.py wrote")
+    parser.add_argument("--clip_pretrained", required=True)
+    parser.add_argument("--output_dir", default="output/same_curves")
+    parser.add_argument("--num_steps", type=int, default=200)
+    parser.add_argument("--networks", nargs="+", default=list(RUNS), choices=RUNS)
+    args = parser.parse_args()
+    for way in WAYS:
+        if way == "stock":
+            use_stock_modules()
+        for name in args.networks:
+            script, *flags = RUNS[name]
+            sys.argv = [script, *flags, "--preset", "toy", "--num_steps", str(args.num_steps),
+                        "--output_dir", f"{args.output_dir}/{way}/{name}", "--log_with", "none",
+                        "--store_dir", f"{args.output_dir}/store",
+                        "--train_img_path", f"{args.data}/train",
+                        "--train_annot_path", f"{args.data}/captions_train.json",
+                        "--val_annot_path", "", "--clip_pretrained", args.clip_pretrained]
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    print(f"\n| network | loss at step 1, {args.num_steps} | largest relative difference "
+          "| of the last 50 steps, mean |\n|---|---|---|---|")
+    for name in args.networks:
+        ours, stock = ([row["loss"] for row in read_metrics(next(
+            Path(args.output_dir, way, name).rglob("metrics.jsonl")))] for way in WAYS)
+        relative = [abs(a - b) / abs(b) for a, b in zip(ours, stock)]
+        print(f"| {name} | {stock[0]:.4f}, {stock[-1]:.4f} | {max(relative):.1e} "
+              f"| {sum(relative[-50:]) / 50:.1e} |")
+
+
+if __name__ == "__main__":
+    main()
