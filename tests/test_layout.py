@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SMALL_TOOLS = {"config", "files", "checkpoint", "rng", "logger", "plots", "images", "metrics",
                "diffusion", "fast_modules", "optimizer"}
-ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "data", "dalle2_pytorch": "fast_modules"}
+ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "data", "dalle2_pytorch": "fast_modules",
+                "gradio": "app"}
 
 
 def imported(path):
