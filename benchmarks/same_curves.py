@@ -12,6 +12,7 @@ import argparse
 import runpy
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 from dalle2 import fast_modules, models  # noqa: E402
+from dalle2.config import PRESETS  # noqa: E402
 from dalle2.logger import read_metrics  # noqa: E402
 
 WAYS = "ours", "stock"
@@ -56,14 +58,27 @@ def use_stock_modules():
     models.swap_modules = keep
 
 
+def use_adamw():
+    toy = PRESETS["toy"]
+
+    def change(config):
+        return replace(config, train=replace(config.train, muon_lr=0.0, lr=1e-4))
+    PRESETS["toy"] = replace(toy, prior=change(toy.prior), decoder=replace(
+        toy.decoder, unets=tuple(map(change, toy.decoder.unets))))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder that data/toy_coco.py wrote")
     parser.add_argument("--clip_pretrained", required=True)
     parser.add_argument("--output_dir", default="output/same_curves")
     parser.add_argument("--num_steps", type=int, default=200)
+    parser.add_argument("--adamw", action="store_true", help="AdamW at 1e-4 in place of Muon, "
+                        "which makes much of a rounding error")
     parser.add_argument("--networks", nargs="+", default=list(RUNS), choices=RUNS)
     args = parser.parse_args()
+    if args.adamw:
+        use_adamw()
     for way in WAYS:
         if way == "stock":
             use_stock_modules()

@@ -142,13 +142,17 @@ def pick_device():
 def build_accelerator(mixed_precision):
     """accelerate.Accelerator for the devices of this launch; "auto" is bf16 where CUDA has it."""
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
     if mixed_precision == "auto":
         mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() \
             else "no"
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
-    return Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError("LAUNCH_ARGS: every process holds the whole network; FSDP and DeepSpeed are "
+                        "not supported (--gradient_accumulation_steps saves memory)")
+    return accelerator
 
 
 def print_plan(title, config, module, store_sizes):

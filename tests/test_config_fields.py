@@ -4,12 +4,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
 from dalle2.clip import build_clip
-from dalle2.config import PRESETS, ClipConfig, PriorConfig, TrainConfig, UnetConfig
+from dalle2.config import PRESETS, ClipConfig, PriorConfig, TrainConfig, UnetConfig, UserError
 from dalle2.models import build_unet, load_decoder, load_prior
 from dalle2.sampling import sample_image_embed, sample_images
 
@@ -83,6 +84,13 @@ def test_mixed_precision():
     for name in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
         assert cli.build_accelerator(name).mixed_precision == name
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+def test_sharded_training_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type",
+                        property(lambda self: DistributedType.FSDP))
+    with pytest.raises(UserError, match="LAUNCH_ARGS: .*FSDP"):
+        cli.build_accelerator("no")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
