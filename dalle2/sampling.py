@@ -53,7 +53,7 @@ def sample_ddim(denoise, x_t, levels, draw=None, eta=0.0):
         noise = (x_t - level.alpha * x_start) / level.sigma
         fresh = eta * after.sigma / level.sigma * math.sqrt(
             max(0.0, 1 - (level.alpha / after.alpha) ** 2))
-        x_t = after.alpha * x_start + math.sqrt(after.sigma ** 2 - fresh ** 2) * noise
+        x_t = after.alpha * x_start + math.sqrt(max(0.0, after.sigma ** 2 - fresh ** 2)) * noise
         if fresh:
             x_t = x_t + fresh * draw(step)
     return x_t

@@ -1,0 +1,266 @@
+"""Photos changed by one's own checkpoints: `python -m dalle2.explore COMMAND --photo FILE`.
+
+Section 3 of Ramesh et al. 2022 (arXiv 2204.06125). A photo is told by two things: its CLIP image
+embedding, and the noise x_T from which DDIM draws it again in the decoder's first stage. A command
+changes one or the other and writes one JPEG strip of 256 px pictures. The later stages work as in
+test_dalle2.py.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dalle2 import cli
+from dalle2.config import UserError
+from dalle2.data import STORE_IMAGE_SIZE, load_image, resize
+from dalle2.diffusion import build_diffusion
+from dalle2.images import make_file_stem, save_grid
+from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.rng import derive_seed
+from dalle2.sampling import (
+    SAMPLER,
+    SAMPLERS,
+    build_denoiser,
+    build_upsampler,
+    compute_levels,
+    draw_part,
+    invert_ddim,
+    sample_ddim,
+)
+
+INVERSION_STEPS = 50  # at least; squared error of the toy decoder with 10: .0023, 50, 250: .0015
+MAX_ERROR = 1.5       # a perfect network's is about 1
+
+
+def build_command_parser(prog, description, **_):
+    """A cli.Parser for one command, in the way in which argparse asks for it."""
+    parser = cli.Parser(description)
+    parser.prog = prog
+    return parser
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
+                                     parser_class=build_command_parser)
+    for name, function in COMMANDS.items():
+        told = " ".join(function.__doc__.split("\n\n")[0].split())
+        command = commands.add_parser(name, help=told, description=told)
+        command.add_argument("--photo", action="append", required=True,
+                             help="a picture file" + "; give it twice" * (name in TWO_PHOTOS))
+        if name == "textdiff":
+            command.add_argument("--from", dest="from_caption", required=True,
+                                 help="caption of the photo")
+            command.add_argument("--to", dest="to_caption", required=True,
+                                 help="caption of what it shall become")
+            command.add_argument("--theta", type=float, default=0.5,
+                                 help="how far to go, 1 is all the way; the paper has .25 to .50")
+        if name == "variations":
+            command.add_argument("--eta", type=float, default=1.0,
+                                 help="of DDIM: 0 repeats the photo, 1 strays the furthest")
+        if name != "reconstruct":
+            command.add_argument("--num", type=int, default=7, help="pictures beside the photo")
+        command.add_argument("--output_dir", default="explore", help="where the strip goes")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--sample_timesteps", type=int,
+                             help="DDIM steps of the first stage (None: its own)")
+        command.add_argument("--cond_scale", type=float,
+                             help="guidance of the first stage, 1 is none (None: its own)")
+        add_checkpoint_flags(command)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    check_args(args)
+    photos = torch.stack([load_photo(path) for path in args.photo])  # (N, 3, 256, 256) uint8
+    pipeline = load_pipeline(args, cli.pick_device())
+    strip = COMMANDS[args.command](pipeline, photos, args)
+    words = [args.command, *(Path(path).stem for path in args.photo)]
+    if args.command == "textdiff":
+        words += ["to", args.to_caption]
+    path = Path(args.output_dir) / f"{make_file_stem(' '.join(words))}.jpg"
+    save_grid(strip, path, columns=len(strip))
+    print(path)
+
+
+def check_args(args):
+    """Raises UserError, naming the flag, where a value makes no sense."""
+    count = 2 if args.command in TWO_PHOTOS else 1
+    if len(args.photo) != count:
+        raise UserError(f"--photo: {args.command} takes {count}, {len(args.photo)} given")
+    least = 1 if args.command == "variations" else 2
+    for name, low, high in (("num", least, 1000), ("sample_timesteps", 2, 1000), ("eta", 0, 1),
+                            ("theta", 0, 1), ("cond_scale", 0, 1000)):
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name}: {value} is not between {low} and {high}")
+    for flag in ("from", "to"):
+        if not getattr(args, f"{flag}_caption", "none").strip():
+            raise UserError(f"--{flag}: the caption is empty")
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise UserError(f"--output_dir: {args.output_dir} is no folder")
+
+
+def load_photo(path):
+    """(3, 256, 256) uint8; UserError where there is no such picture."""
+    if not os.path.isfile(path):
+        raise UserError(f"--photo: no such file: {path}")
+    try:
+        return load_image(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--photo: {path}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------
+# commands: photos (N, 3, 256, 256) uint8 -> strip (B, 3, 256, 256) in [0, 1]
+
+
+def variations(pipeline, photos, args):
+    """The photo, and others of its embedding and inverted noise, drawn by DDIM with --eta > 0.
+
+    Section 3.1. What they share is what the embedding holds, and places, which the noise holds.
+    """
+    image_embed = pipeline.embed_images(photos)  # (1, D)
+    x_t = invert(pipeline, photos, image_embed, args)
+    seeds = [derive_seed(args.seed, index) for index in range(args.num)]
+    return join(photos, decode(pipeline, image_embed, x_t, seeds, args, eta=args.eta))
+
+
+def reconstruct(pipeline, photos, args):
+    """The photo, its reconstruction from the inverted noise, and one from random noise.
+
+    Section 3.1, DDIM with eta 0: the third shows what the embedding holds by itself.
+    """
+    image_embed = pipeline.embed_images(photos)  # (1, D)
+    x_t = invert(pipeline, photos, image_embed, args)
+    x_t = torch.cat([x_t, draw_part([args.seed], x_t.shape[1:], x_t.device, "unet", 1)])
+    return join(photos, decode(pipeline, image_embed, x_t, [args.seed] * 2, args))
+
+
+def interpolate(pipeline, photos, args):
+    """From one photo to another: both, and between them --num steps from the one to the other.
+
+    Section 3.2, the first of its two ways: embeddings and inverted noises are both slerped, so that
+    the first and the last step are the reconstructions (DDIM with eta 0).
+    """
+    image_embed = pipeline.embed_images(photos)  # (2, D)
+    x_t = invert(pipeline, photos, image_embed, args)
+    t = torch.linspace(0, 1, args.num)
+    strip = decode(pipeline, slerp(*image_embed.split(1), t), slerp(*x_t.split(1), t),
+                   [args.seed] * args.num, args)
+    return join(photos[:1], strip, photos[1:])
+
+
+def textdiff(pipeline, photos, args):
+    """The photo, and --num steps away from its caption --from towards another, --to.
+
+    Section 3.3: slerp of the image embedding to norm(z_text - z_text_0), from 0 to --theta; the
+    inverted noise is kept (DDIM with eta 0).
+    """
+    before, after = pipeline.embed_captions([args.from_caption, args.to_caption])[0]  # (D,) each
+    image_embed = pipeline.embed_images(photos)  # (1, D)
+    x_t = invert(pipeline, photos, image_embed, args)
+    path = slerp(image_embed, F.normalize(after - before, dim=0)[None],
+                 torch.linspace(0, args.theta, args.num))  # (num, D)
+    return join(photos, decode(pipeline, path, x_t, [args.seed] * args.num, args))
+
+
+TWO_PHOTOS = {"interpolate"}
+COMMANDS = {function.__name__: function
+            for function in (variations, reconstruct, interpolate, textdiff)}
+
+
+# ----------------------------------------------------------------------------------------------
+# there and back
+
+
+def slerp(a, b, t):
+    """From a at t = 0 to b at t = 1 along the great circle (Shoemake 1985), row by row.
+
+    a, b: (B, ...), each row one vector; t: a number or (B,); B may be 1 in any of them. Unit
+    vectors stay such. Parallel vectors are joined by a line, as opposite ones, between which no
+    great circle is the shortest.
+    """
+    shape = -1, *(1,) * (a.ndim - 1)
+    t = torch.as_tensor(t, dtype=a.dtype, device=a.device).view(shape)
+    u, v = (F.normalize(x.flatten(1), dim=1) for x in (a, b))
+    angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)).view(shape)
+    flat = angle.sin() < 1e-5
+    sine = torch.where(flat, 1, angle.sin())
+    return (torch.where(flat, 1 - t, ((1 - t) * angle).sin() / sine) * a
+            + torch.where(flat, t, (t * angle).sin() / sine) * b)
+
+
+@torch.no_grad()
+def invert(pipeline, photos, image_embed, args):
+    """The first stage's noise x_T (B, 3, h, w) for photos (B, 3, 256, 256) uint8 and image_embed
+    (B, D): DDIM backwards, guided as `decode` is, in INVERSION_STEPS or more. A photo alone."""
+    config, found = pipeline.unet_configs[0], []
+    for photo, embed in zip(photos.to(image_embed.device).split(1), image_embed.split(1)):
+        denoise = build_denoiser(pipeline.unets[0], config, embed, args.cond_scale)
+        x_start = resize(photo, config.image_size) / 127.5 - 1
+        noise = draw_part([args.seed], x_start.shape[1:], x_start.device, "invert")
+        levels = compute_levels(build_diffusion(config, x_start.device),
+                                max(INVERSION_STEPS, args.sample_timesteps or 0))
+        x_t, levels = find_start(denoise, x_start, noise, levels)
+        found.append(invert_ddim(denoise, x_t, levels))
+    return torch.cat(found)
+
+
+def find_start(denoise, x_start, noise, levels):
+    """Where the inversion begins: (x_t, levels down to it). x_start (1, 3, h, w) noised to the
+    least noisy level at which `denoise` errs by less than MAX_ERROR sigma.
+
+    A DDIM step divides that error by sigma: begun nearer to the clean picture, the inversion of a
+    network that predicts x_start ends in noise many times too large. Noised, because the network
+    has never seen a clean picture that is said to be noisy.
+    """
+    for index in reversed(range(len(levels) - 1)):
+        level = levels[index]
+        x_t = level.alpha * x_start + level.sigma * noise
+        if (denoise(x_t, level.t) - x_start).square().mean().sqrt() < MAX_ERROR * level.sigma:
+            break
+    return x_t, [*levels[:index + 1], levels[-1]]
+
+
+@torch.no_grad()
+def decode(pipeline, image_embed, x_t, seeds, args, eta=0.0):
+    """image (B, 3, 256, 256) in [0, 1] of image_embed (B or 1, D) and the first stage's noise x_t
+    (B or 1, 3, h, w); seeds: B, of all other noise."""
+    config, device, shape = pipeline.unet_configs[0], x_t.device, x_t.shape[1:]
+    x_start = sample_ddim(
+        build_denoiser(pipeline.unets[0], config, image_embed.expand(len(seeds), -1),
+                       args.cond_scale),
+        x_t.expand(len(seeds), *shape),
+        compute_levels(build_diffusion(config, device),
+                       args.sample_timesteps or config.sample_timesteps),
+        lambda step: draw_part(seeds, shape, device, "unet", 1, step), eta)
+    return upsample(pipeline, (x_start.clamp(-1, 1) + 1) / 2, seeds)
+
+
+@torch.no_grad()
+def upsample(pipeline, image, seeds):
+    """image (B, 3, h, w) of the first stage through the later ones, as sample_images does it."""
+    device = image.device
+    for number, (unet, config) in enumerate(zip(pipeline.unets[1:], pipeline.unet_configs[1:]),
+                                            start=2):
+        shape = 3, config.image_size, config.image_size
+        x_start = SAMPLERS[SAMPLER](
+            build_upsampler(unet, config, image, draw_part(seeds, shape, device, "lowres", number)),
+            draw_part(seeds, shape, device, "unet", number),
+            compute_levels(build_diffusion(config, device), config.sample_timesteps))
+        image = (x_start.clamp(-1, 1) + 1) / 2
+    return image
+
+
+def join(*parts):
+    """Photos (uint8) and pictures (float) as one strip (B, 3, 256, 256) in [0, 1]."""
+    return torch.cat([resize(part.cpu() / 255 if part.dtype == torch.uint8 else part.cpu(),
+                             STORE_IMAGE_SIZE) for part in parts])
+
+
+if __name__ == "__main__":
+    cli.run(main)
