@@ -150,7 +150,7 @@ def build_accelerator(mixed_precision):
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("LAUNCH_ARGS: FSDP and DeepSpeed are not supported, every process holds the "
+        raise UserError("LAUNCH_ARGS: FSDP and DeepSpeed are not supported, each process holds the "
                         "whole network; --gradient_accumulation_steps saves memory")
     return accelerator
 

@@ -1,0 +1,483 @@
+"""Scores a prior and a decoder over a COCO captions file: `python -m dalle2.evaluate`.
+
+Renders one picture a caption, 30,000 where the file has them, and compares the JPEG files with
+their captions and with the photos. Run again, it goes on where it stopped. With --sweep it does so
+on a few hundred pictures for every combination of guidance and steps that is given.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dalle2 import cli, metrics
+from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
+from dalle2.config import UserError
+from dalle2.data import load_captions, load_image
+from dalle2.files import hold_lock, replace_file
+from dalle2.images import save_jpeg
+from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.plots import save_tradeoff
+from dalle2.prepare import prepare_store
+from dalle2.render import compute_digest, list_coco_jobs, render_batch
+from dalle2.rng import derive_seed
+from dalle2.sampling import SAMPLER, SAMPLERS
+
+NUM_IMAGES, NUM_SWEEP_IMAGES, MIN_FID_IMAGES = 30_000, 200, 10_000
+NUM_DIVERSITY_CAPTIONS, NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 16, 99, 64
+COLUMNS = {  # of the tables: what is measured, its title and format
+    "pictures": ("pictures", "{}"), "cond_scale": ("cond_scale", "{:g}"),
+    "prior_cond_scale": ("prior_cond_scale", "{:g}"), "sample_timesteps": ("steps", "{}"),
+    "clip_score": ("CLIP score", "{:.4f}"), "photo_clip_score": ("photos'", "{:.4f}"),
+    "r_precision": ("R-precision", "{:.3f}"), "photo_r_precision": ("photos'", "{:.3f}"),
+    "cmmd": ("CMMD", "{:.3f}"), "cmmd_error": ("± error", "{:.3f}"), "fid": ("FID", "{:.2f}"),
+    "kid": ("KID", "{:.5f}"), "diversity": ("diversity", "{:.4f}"),
+    "nearest_train_cosine": ("nearest train", "{:.4f}"),
+    "photo_nearest_train_cosine": ("photos'", "{:.4f}"),
+    "nearer_to_train": ("nearer to train", "{:.3f}"),
+    "photo_nearer_to_train": ("photos'", "{:.3f}"),
+    "seconds_a_picture": ("seconds a picture", "{:.3f}")}
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    add_checkpoint_flags(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--test_img_path", default=f"{cli.DATA_DIR}/val2014", help="picture folder")
+    data.add_argument("--test_annot_path", help="COCO captions file",
+                      default=f"{cli.DATA_DIR}/annotations/captions_val2014.json")
+    data.add_argument("--num_images", type=int, help="the first so many pictures by image id, one "
+                      f"caption each (None: {NUM_IMAGES}, with --sweep {NUM_SWEEP_IMAGES})")
+    data.add_argument("--num_reference_images", type=int,
+                      help="compare with the first so many photos (None: all of the file)")
+    data.add_argument("--train_img_path", help="with --train_annot_path: the photos that were "
+                      "trained on, to look for copies of them")
+    data.add_argument("--train_annot_path", help="their COCO captions file")
+    data.add_argument("--store_dir", help="their prepared store, made where it is not there "
+                      "(None: they are embedded without one)")
+    sample = parser.add_argument_group("sampling")
+    sample.add_argument("--cond_scale", type=float, nargs="+", help="guidance of the decoder, 1 is "
+                        "none (None: what it was trained with)")
+    sample.add_argument("--prior_cond_scale", type=float, nargs="+", help="of the prior, likewise")
+    sample.add_argument("--sample_timesteps", type=int, nargs="+", help="steps: one number for "
+                        "all, or the prior's and each stage's (None: the configs')")
+    sample.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a "
+                        "CPU, what fits on a GPU)")
+    sample.add_argument("--samples_for_diversity", type=int, default=4, help="pictures of each of "
+                        f"the first {NUM_DIVERSITY_CAPTIONS} captions; 1: no diversity")
+    judge = parser.add_argument_group("judges")
+    judge.add_argument("--judge_clip_model", help="CLIP that scores (None: the checkpoints' own)")
+    judge.add_argument("--judge_clip_pretrained", help="its open_clip tag, or a file")
+    judge.add_argument("--fid", action=argparse.BooleanOptionalAction, default=True,
+                       help="FID and KID, where Inception's weights can be had")
+    judge.add_argument("--inception_weights", help="their file (None: torch's cache, or the net)")
+    parser.add_argument("--output_dir", default="evaluation", help="goes on with what is there")
+    parser.add_argument("--sweep", action="store_true", help="every combination of the numbers "
+                        "given to --cond_scale, --prior_cond_scale and --sample_timesteps")
+    return check_flags(parser.parse_args())
+
+
+def check_flags(args):
+    """`args`, --num_images filled in; UserError on what cannot be."""
+    if args.num_images is None:
+        args.num_images = NUM_SWEEP_IMAGES if args.sweep else NUM_IMAGES
+    for name, least in (("num_images", 2), ("num_reference_images", 2), ("batch_size", 1),
+                        ("samples_for_diversity", 1), ("sample_timesteps", 1), ("cond_scale", 0),
+                        ("prior_cond_scale", 0)):
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(least <= value < float("inf") for value in values):
+            raise UserError(f"--{name}: {value} must be at least {least}")
+        if "cond_scale" in name and len(values) > 1 and not args.sweep:
+            raise UserError(f"--{name}: several numbers need --sweep")
+    for given, needed in (("train_img_path", "train_annot_path"), ("store_dir", "train_img_path"),
+                          ("train_annot_path", "train_img_path"),
+                          ("judge_clip_model", "judge_clip_pretrained")):
+        if getattr(args, given) and not getattr(args, needed):
+            raise UserError(f"--{needed}: needed with --{given}")
+    return args
+
+
+def main():
+    args, device, notes = parse_args(), cli.pick_device(), Notes()
+    jobs = list_coco_jobs(args.test_annot_path, args.test_img_path, args.seed)
+    pipeline, output_dir = load_pipeline(args, device), Path(args.output_dir)
+    runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
+    with hold_lock(output_dir / ".lock", wait=False, told=UserError(
+            f"--output_dir: another process writes to {output_dir}")):
+        for folder, settings in runs:
+            claim_folder(folder, settings)
+        captions = embed_captions(judge, jobs, args.num_images)
+        photos = embed_photos(judge, [job["photo"] for job in jobs[:args.num_reference_images]],
+                              "test", notes)
+        jobs = list_all_jobs(jobs[:args.num_images], args.seed, args.samples_for_diversity)
+        rows = []
+        for folder, settings in runs:
+            print(f"{folder}: {len(captions.own)} captions", flush=True)
+            seconds = render(pipeline, jobs, folder, settings, args.batch_size)
+            scores = score_folder(judge, jobs, folder, settings, captions, photos)
+            rows.append(settings | scores | {"seconds_a_picture": seconds})
+        result = {"flags": vars(args), "clip": judge.told, "counts": {
+            "reference_photos": len(photos.embed), "other_captions": captions.others.shape[1],
+            "diversity_captions": min(NUM_DIVERSITY_CAPTIONS, len(captions.own))},
+            "device": describe_device(device), "warnings": notes}
+        write = write_sweep if args.sweep else write_evaluation
+        write(args, result, rows, captions, photos, judge)
+
+
+class Notes(list):
+    """Warnings: printed at once, recorded with the results."""
+
+    def warn(self, text):
+        self.append(text)
+        print(f"warning: {text}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# rendering
+
+
+def list_all_jobs(jobs, seed, samples_for_diversity):
+    """`jobs` of list_coco_jobs with a "file" each, and behind them the further samples of the first
+    captions."""
+    listed = [{**job, "file": f"images/{job['image_id']}.jpg"} for job in jobs]
+    return listed + [{**job, "file": f"diversity/{job['image_id']}_{sample}.jpg",
+                      "seed": derive_seed(seed, index, sample) % 2 ** 31}
+                     for index, job in enumerate(jobs[:NUM_DIVERSITY_CAPTIONS])
+                     for sample in range(1, samples_for_diversity)]
+
+
+def list_runs(args, pipeline):
+    """[(folder, settings)] to render: one, or with --sweep every point of the grid. settings: all
+    that a picture depends on, with the configs' numbers in place of None."""
+    prior, first = pipeline.prior_config, pipeline.unet_configs[0]
+    files = {name: compute_digest(getattr(args, name))
+             for name in ("prior_ckpt", "decoder_ckpt", "test_annot_path")}
+    steps = [[n] for n in args.sample_timesteps] if args.sweep and args.sample_timesteps \
+        else [args.sample_timesteps]
+    runs = {}
+    for cond_scale, prior_cond_scale, given in itertools.product(
+            args.cond_scale or [first.cond_scale], args.prior_cond_scale or [prior.cond_scale],
+            steps):
+        settings = {**files, "seed": args.seed, "sampler": args.sampler, "cond_scale": cond_scale,
+                    "prior_cond_scale": prior_cond_scale,
+                    "sample_timesteps": resolve_timesteps(pipeline, given)}
+        name = f"cond_{cond_scale:g}_prior_{prior_cond_scale:g}_steps_{tell_steps(settings)}"
+        runs[Path(args.output_dir, "sweep", name) if args.sweep else Path(args.output_dir)] = \
+            settings
+    return list(runs.items())
+
+
+def resolve_timesteps(pipeline, sample_timesteps):
+    """[the prior's steps, each stage's] of what --sample_timesteps holds."""
+    configs = [pipeline.prior_config, *pipeline.unet_configs]
+    first, others = pipeline.split_timesteps(sample_timesteps)
+    steps = [given or config.sample_timesteps for given, config in zip([first, *others], configs)]
+    for number, config in zip(steps, configs):
+        if number > config.timesteps:
+            raise UserError(f"--sample_timesteps: {number} is more than the {config.timesteps} of "
+                            "training")
+    return steps
+
+
+def claim_folder(folder, settings):
+    """Records in `<folder>/settings.json` what its pictures are made with; UserError, naming the
+    first flag that differs, where it holds others."""
+    path = folder / "settings.json"
+    recorded = json.loads(path.read_text()) if path.is_file() else settings
+    for name, value in settings.items():
+        if recorded.get(name) != value:
+            raise UserError(f"--{name}: the pictures in {folder} were made with {name} "
+                            f"{recorded.get(name)}, not {value}; choose another --output_dir or "
+                            "delete that one")
+    replace_file(path, lambda part: part.write_text(json.dumps(settings, indent=1)))
+
+
+def render(pipeline, jobs, folder, settings, batch_size):
+    """Renders the jobs that have no file in `folder` yet. Returns the seconds a picture, median
+    over the batches, of the last call that rendered any; None where it did not come to its end."""
+    left = [job for job in jobs if not (folder / job["file"]).is_file()]
+    steps, seconds, pace = settings["sample_timesteps"], [], folder / "seconds.json"
+    sampler = {"sampler": settings["sampler"]}
+    prior_options = {"prior_cond_scale": settings["prior_cond_scale"],
+                     "sample_timesteps": steps[0], **sampler}
+    options = {"cond_scale": settings["cond_scale"], "sample_timesteps": steps[1:], **sampler}
+    with show(len(jobs), "rendering", done=len(jobs) - len(left)) as bar:
+        for batch in split(left, batch_size or (16 if pipeline.clip.device.type == "cpu" else 256)):
+            start = time.perf_counter()
+            images, _ = render_batch(pipeline, batch, False, prior_options, options)
+            for job, image in zip(batch, images.cpu()):
+                replace_file(folder / job["file"], lambda part: save_jpeg(image, part))
+            seconds.append((time.perf_counter() - start) / len(batch))
+            bar.update(len(batch))
+    if seconds:
+        replace_file(pace, lambda part: part.write_text(f"{statistics.median(seconds)}"))
+    return json.loads(pace.read_text()) if pace.is_file() else None
+
+
+# ----------------------------------------------------------------------------------------------
+# judging
+
+
+@dataclass
+class Judge:
+    """What looks at pictures: a CLIP and, where it can be had, the Inception-v3 of FID."""
+
+    clip: FrozenClip
+    told: dict              # which CLIP this is, which one conditions the pictures, if both are one
+    inception: Callable | None
+
+    def embed_files(self, paths, told):
+        """Photos of those of the picture files that can be read, each through load_image."""
+        rows, embeds, features = [], [torch.zeros(0, self.clip.embed_dim)], []
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
+                show(len(paths), f"embedding {told}") as bar:
+            for part in split(range(len(paths)), EMBED_BATCH_SIZE):
+                images = dict(zip(part, pool.map(load_or_none, [paths[row] for row in part])))
+                images = {row: image for row, image in images.items() if image is not None}
+                bar.update(len(part))
+                if images:
+                    rows += images
+                    batch = torch.stack(list(images.values()))        # (B, 3, 256, 256), uint8
+                    embeds.append(self.clip.embed_image(batch))
+                    if self.inception is not None:
+                        features.append(self.inception(batch))
+        return Photos(torch.cat([part.to(self.clip.device) for part in embeds]),
+                      torch.cat(features) if features else None, rows)
+
+
+@dataclass
+class Photos:
+    """Picture files, embedded."""
+
+    embed: torch.Tensor             # (M, D), by CLIP
+    features: torch.Tensor | None   # (M, F), by Inception
+    rows: list                      # (M,) of the files: which ones could be read
+
+
+def load_judge(args, pipeline, notes, device):
+    keys = "clip_model", "clip_pretrained", "fingerprint"
+    condition = {key: pipeline.header["clip"][key] for key in keys}
+    clip, told = pipeline.clip, condition
+    if args.judge_clip_pretrained:
+        model = args.judge_clip_model or condition["clip_model"]
+        try:
+            clip = load_clip(model, args.judge_clip_pretrained, device)
+        except UserError as error:
+            raise UserError(str(error).replace("--clip_", "--judge_clip_", 1)) from error
+        told = dict(zip(keys, (model, args.judge_clip_pretrained, compute_fingerprint(clip))))
+    same = told["fingerprint"] == condition["fingerprint"]
+    if same:
+        notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
+                   "them: name another by --judge_clip_model and --judge_clip_pretrained")
+    inception = None
+    if args.fid and not args.sweep:
+        try:
+            inception = metrics.load_inception(args.inception_weights, device)
+        except UserError as error:
+            if args.inception_weights:
+                raise
+            notes.warn(f"no FID and no KID: {error}")
+    return Judge(clip, {"judge": told, "condition": condition, "same": same}, inception)
+
+
+@dataclass
+class Captions:
+    """text_embed (P, D) of different captions; own (N,): the row of each picture's; others (N, K):
+    rows of those that R-precision sets against it."""
+
+    text_embed: torch.Tensor
+    own: torch.Tensor
+    others: torch.Tensor
+
+    def compare(self, image_embed, rows):
+        """CLIP score and R-precision of image_embed (n, D), pictures `rows` (n,) of the list."""
+        own, others = self.own[list(rows)], self.others[list(rows)]
+        return {"clip_score": (image_embed * self.text_embed[own]).sum(-1).mean().item(),
+                "r_precision": metrics.compute_r_precision(image_embed, self.text_embed, own,
+                                                           others)}
+
+    def compare_photos(self, photos):
+        """The same of the true photos of these captions, as a scale; None where none is there."""
+        rows = [row for row in photos.rows if row < len(self.own)]  # they come first
+        scores = self.compare(photos.embed[:len(rows)], rows) if rows else \
+            {"clip_score": None, "r_precision": None}
+        return {f"photo_{name}": score for name, score in scores.items()}
+
+
+def embed_captions(judge, jobs, num_images):
+    """Captions of the first num_images jobs, and of a few more where these are too few for
+    R-precision."""
+    pool, own, others = metrics.draw_other_captions(
+        [job["caption"] for job in jobs[:max(num_images, NUM_OTHER_CAPTIONS + 1)]],
+        NUM_OTHER_CAPTIONS)
+    text_embed = torch.cat([judge.clip.embed_text(judge.clip.tokenize(part))[0]
+                            for part in split(pool, EMBED_BATCH_SIZE)])
+    own, others = (rows[:num_images].to(text_embed.device) for rows in (own, others))
+    return Captions(text_embed, own, others)
+
+
+def embed_photos(judge, paths, split_name, notes):
+    """Photos of the files; a warning for those that cannot be read."""
+    photos = judge.embed_files(paths, f"{split_name} photos")
+    lost = f"--{split_name}_img_path: {len(paths) - len(photos.rows)} of {len(paths)} photos " \
+        "cannot be read"
+    if len(photos.rows) < 2:
+        raise UserError(f"{lost}; 2 are needed")
+    if len(photos.rows) < len(paths):
+        notes.warn(f"{lost} and are left out")
+    return photos
+
+
+def embed_train(args, judge, notes):
+    """(T, D) of the train photos, from their store where one is named."""
+    if not args.store_dir:
+        records = load_captions(args.train_annot_path, args.train_img_path, "train")
+        return embed_photos(Judge(judge.clip, judge.told, None), [r.path for r in records],
+                            "train", notes).embed
+    store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
+                          clip=lambda: judge.clip,
+                          fingerprint=judge.told["judge"]["fingerprint"])
+    return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
+
+
+def score_folder(judge, jobs, folder, settings, captions, photos):
+    """The metrics of the rendered jobs in `folder`, and its pictures as Photos under "rendered".
+    Writes manifest.json."""
+    count = len(captions.own)
+    first = min(NUM_DIVERSITY_CAPTIONS, count)
+    everything = judge.embed_files([folder / job["file"] for job in jobs], "pictures")
+    for row in set(range(len(jobs))) - set(everything.rows):
+        raise UserError(f"--output_dir: {folder / jobs[row]['file']} cannot be read; delete it")
+    embed, more = everything.embed[:count], everything.embed[count:]
+    features = None if everything.features is None else everything.features[:count]
+    cosine = (embed * captions.text_embed[captions.own]).sum(-1).tolist()
+    entries = [{**{name: job[name] for name in ("file", "caption", "image_id", "seed")},
+                "clip_score": round(score, 4)} for job, score in zip(jobs, cosine)]
+    replace_file(folder / "manifest.json", lambda part: part.write_text(json.dumps(
+        {"settings": settings, "images": entries}, indent=1, ensure_ascii=False)))
+    cmmd, error = metrics.compute_cmmd(embed, photos.embed)
+    diversity = metrics.compute_diversity(torch.cat(
+        [embed[:first, None], more.view(first, -1, embed.shape[1])], 1)) if len(more) else None
+    return {"pictures": count, **captions.compare(embed, range(count)), "cmmd": cmmd,
+            "cmmd_error": error, "diversity": diversity,
+            "rendered": Photos(embed, features, range(count))}
+
+
+# ----------------------------------------------------------------------------------------------
+# results
+
+
+def write_evaluation(args, result, rows, captions, photos, judge):
+    """evaluation.json and evaluation.md; the table is printed too."""
+    row, notes = rows[0], result["warnings"]
+    rendered = row.pop("rendered")
+    row |= captions.compare_photos(photos) | {"fid": None, "kid": None, "kid_std": None}
+    if rendered.features is not None:
+        row |= metrics.compute_fid_kid(photos.features, rendered.features)
+        if row["pictures"] < MIN_FID_IMAGES:
+            notes.warn(f"FID of {row['pictures']} pictures means nothing: below {MIN_FID_IMAGES} "
+                       "read CMMD or KID")
+    if args.train_img_path:
+        train_embed = embed_train(args, judge, notes)
+        own = {row: at for at, row in enumerate(photos.rows)}
+        row |= metrics.compute_memorization(
+            rendered.embed, train_embed, photos.embed,
+            torch.tensor([own.get(at, -1) for at in rendered.rows]))
+        result["counts"]["train_photos"] = len(train_embed)
+    names = list(row)[list(row).index("pictures"):]  # behind the settings
+    result["settings"] = {name: row[name] for name in row if name not in names}
+    result["metrics"] = {name: row[name] for name in names}
+    write_results(args.output_dir, "evaluation", result, format_table([row]))
+
+
+def write_sweep(args, result, rows, captions, photos, judge):
+    """sweep.json, sweep.md and sweep.png; the table is printed too."""
+    rows = [{name: row[name] for name in COLUMNS if name in row} | {"steps": tell_steps(row)}
+            for row in rows]
+    best, true = min(rows, key=lambda row: row["cmmd"]), captions.compare_photos(photos)
+    close = sum(row["cmmd"] - best["cmmd"] <= best["cmmd_error"] for row in rows) - 1
+    result |= {"photos": true, "rows": rows, "best": best}
+    varied = [name for name in ("cond_scale", "prior_cond_scale", "steps")
+              if len({row[name] for row in rows}) > 1] or ["cond_scale"]
+    save_tradeoff(rows, Path(args.output_dir) / "sweep.png", label=varied[0], best=best,
+                  series=lambda row: ", ".join(f"{name} {row[name]}" for name in varied[1:]),
+                  photos=true["photo_clip_score"])
+    told = (f"\nbest, by the lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale "
+            f"{best['prior_cond_scale']:g}, sample_timesteps {best['steps']}; {close} of the "
+            f"{len(rows) - 1} others lie within its standard error\n")
+    write_results(args.output_dir, "sweep", result, format_table(rows) + told)
+
+
+def write_results(output_dir, name, result, table):
+    """<name>.json and <name>.md in output_dir; prints the latter."""
+    output_dir, clip = Path(output_dir), result["clip"]["judge"]
+    weights = clip["clip_pretrained"]  # of a file the model's name may be anything
+    model = weights if Path(weights).suffix else f"{clip['clip_model']} {weights}"
+    told = (f"\nCLIP {model} ({clip['fingerprint']}); "
+            f"{result['counts']['reference_photos']} reference photos; R-precision against "
+            f"{result['counts']['other_captions']} other captions; CMMD: unbiased estimate\n"
+            + "".join(f"\nwarning: {note}\n" for note in result["warnings"]))
+    for ending, text in ((".json", json.dumps(result, indent=1, ensure_ascii=False)),
+                         (".md", table + told)):
+        replace_file(output_dir / f"{name}{ending}", lambda part: part.write_text(text))
+    print(f"{table}{told}\n{output_dir}: {name}.json, {name}.md")
+
+
+def format_table(rows):
+    """A Markdown table of what of COLUMNS the rows have; a dash for None."""
+    names = [name for name in COLUMNS if name in rows[0]]
+    lines = [[COLUMNS[name][0] for name in names], ["---:"] * len(names)]
+    for row in rows:
+        row = {**row, "sample_timesteps": tell_steps(row)}
+        lines.append(["–" if row[name] is None else COLUMNS[name][1].format(row[name])
+                      for name in names])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# small things
+
+
+def tell_steps(settings):
+    """[5, 5, 5] -> "5"; [10, 10, 2] -> "10+10+2"."""
+    steps = settings["sample_timesteps"]
+    return str(steps[0]) if len(set(steps)) == 1 else "+".join(map(str, steps))
+
+
+def split(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def load_or_none(path):
+    try:
+        return load_image(path)
+    except (OSError, ValueError):
+        return None
+
+
+def describe_device(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" \
+        else f"CPU, {torch.get_num_threads()} threads"
+
+
+def show(total, told, done=0):
+    return tqdm(total=total, initial=done, desc=told, unit=" pictures",
+                mininterval=0.1 if sys.stderr.isatty() else 10)
+
+
+if __name__ == "__main__":
+    cli.run(main)
