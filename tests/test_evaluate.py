@@ -230,14 +230,19 @@ def test_another_clip_judges(evaluate, tmp_path, clip_path):
     assert "is the one that conditions" in told
 
 
-def test_photos_that_cannot_be_read_are_left_out(evaluate, flags, toy, tmp_path):
+def test_photos_that_cannot_be_read_are_left_out(evaluate, flags, toy, tmp_path, monkeypatch):
+    own_rows, compute_memorization = [], metrics.compute_memorization
+    monkeypatch.setattr(metrics, "compute_memorization", lambda *args: own_rows.extend(
+        args[3].tolist()) or compute_memorization(*args))
     whole = json.loads(flags[flags.index("--test_annot_path") + 1].read_text())
     whole["images"][1]["file_name"] = "absent.jpg"
     (tmp_path / "captions.json").write_text(json.dumps(whole))
     code, told, _ = evaluate("--test_annot_path", tmp_path / "captions.json", "--num_images", 3,
-                             "--samples_for_diversity", 1)
+                             "--samples_for_diversity", 1, "--train_img_path", toy / "train",
+                             "--train_annot_path", toy / "captions_train.json")
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert code == 0 and result["counts"]["reference_photos"] == 23
+    assert own_rows == [0, -1, 1]  # of the photos that are left; the second picture has none
     assert "--test_img_path: 1 of 24 photos cannot be read and are left out" in told
     damaged = sorted((tmp_path / "out" / "images").iterdir())[0]
     damaged.write_bytes(b"no picture")
