@@ -75,17 +75,21 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
-def test_two_processes_share_a_batch_and_change_nothing(name, tmp_path, data_flags, clip_path):
-    flags = ["--num_steps", "10", "--batch_size", "8", "--validate_every", "10"]
+def test_processes_and_parts_share_a_batch_and_change_nothing(name, tmp_path, data_flags, clip_path):
+    flags = ["--num_steps", "20", "--batch_size", "16", "--validate_every", "20"]
     finish(start(name, tmp_path / "one", data_flags, clip_path, *flags))
     out = finish(start(name, tmp_path / "two", data_flags, clip_path, *flags, processes=2))
     assert "on 2 x cpu" in out
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert len(one) == len(two) == 10
-    for row, other in zip(one, two):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-3)
+    finish(start(name, tmp_path / "parts", data_flags, clip_path, *flags,
+                 "--gradient_accumulation_steps", "2"))
+    one = read_metrics(tmp_path / "one")
+    for way in ("two", "parts"):
+        others = read_metrics(tmp_path / way)
+        assert len(one) == len(others) == 20
+        for row, other in zip(one, others):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4), way
+            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3), way
+        assert one[-1]["val_loss"] == pytest.approx(others[-1]["val_loss"], rel=1e-3)
 
 
 def test_two_processes_train_a_clip(tmp_path, data_flags, clip_path):
