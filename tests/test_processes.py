@@ -75,7 +75,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["prior", "decoder"])
-def test_processes_and_parts_share_a_batch_and_change_nothing(name, tmp_path, data_flags, clip_path):
+def test_processes_and_parts_share_a_batch(name, tmp_path, data_flags, clip_path):
     flags = ["--num_steps", "20", "--batch_size", "16", "--validate_every", "20"]
     finish(start(name, tmp_path / "one", data_flags, clip_path, *flags))
     out = finish(start(name, tmp_path / "two", data_flags, clip_path, *flags, processes=2))
