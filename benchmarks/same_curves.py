@@ -21,8 +21,9 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
-from dalle2 import fast_modules, models  # noqa: E402
+from dalle2 import models  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
+from dalle2.fast_modules import library  # noqa: E402
 from dalle2.logger import read_metrics  # noqa: E402
 
 WAYS = "ours", "stock"
@@ -30,7 +31,7 @@ RUNS = {"prior": ["train_prior.py"], "unet1": ["train_decoder.py", "--unet_numbe
         "unet2": ["train_decoder.py", "--unet_number", "2"]}
 
 
-class StockPrior(fast_modules.library.DiffusionPriorNetwork):
+class StockPrior(library.DiffusionPriorNetwork):
     """Its samplers are not ours; here the text is read again at every call."""
 
     def read_text(self, text_embed, text_encodings, drop):
@@ -40,13 +41,12 @@ class StockPrior(fast_modules.library.DiffusionPriorNetwork):
         return super().forward(*args, **(prefix or kwargs))
 
 
-class StockUnet(fast_modules.library.Unet):
+class StockUnet(library.Unet):
     def forward(self, *args, image_embed=None, **kwargs):
         return super().forward(*args, image_embed=image_embed, **kwargs)
 
 
 def use_stock_modules():
-    library = fast_modules.library
     draw = library.prob_mask_like
     library.prob_mask_like = lambda shape, prob, device: prob > 0.5 if torch.is_tensor(prob) \
         else draw(shape, prob, device)
