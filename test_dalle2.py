@@ -62,9 +62,9 @@ def main():
     check_flags(args)
     jobs = list_jobs(args)
     pipeline = load_pipeline(args, cli.pick_device())
-    prior_steps, unet_steps = pipeline.split_timesteps(args.sample_timesteps)
+    prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
     state, output_dir = PartialState(), Path(args.output_dir)
-    settings = describe_settings(args, pipeline, prior_steps, unet_steps)
+    settings = describe_settings(args, pipeline, [prior_steps, *unet_steps])
     entries = render_jobs(
         pipeline, jobs, output_dir, settings, batch_size=args.batch_size,
         from_photos=args.init_from_true_embedding,
@@ -126,14 +126,13 @@ def list_jobs(args):
             for index, job in enumerate(jobs)]
 
 
-def describe_settings(args, pipeline, prior_steps, unet_steps):
+def describe_settings(args, pipeline, sample_timesteps):
     """What the pictures depend on besides captions and seeds, as JSON."""
-    configs = pipeline.unet_configs
-    return {"cond_scale": args.cond_scale or configs[0].cond_scale,
-            "prior_cond_scale": args.prior_cond_scale or pipeline.prior_config.cond_scale,
-            "sample_timesteps": [prior_steps or pipeline.prior_config.sample_timesteps, *(
-                steps or config.sample_timesteps for steps, config in zip(unet_steps, configs))],
-            "sampler": args.sampler, "thresholding": args.thresholding,
+    scales = {name: config.cond_scale if getattr(args, name) is None else getattr(args, name)
+              for name, config in (("cond_scale", pipeline.unet_configs[0]),
+                                   ("prior_cond_scale", pipeline.prior_config))}
+    return {**scales, "sample_timesteps": sample_timesteps, "sampler": args.sampler,
+            "thresholding": args.thresholding,
             "init_from_true_embedding": args.init_from_true_embedding,
             "prior_ckpt": args.prior_ckpt, "prior_sha256": compute_digest(args.prior_ckpt),
             "decoder_ckpt": args.decoder_ckpt, "decoder_sha256": compute_digest(args.decoder_ckpt),

@@ -67,7 +67,7 @@ def render(pipeline, prompt, seed, cond_scale, prior_cond_scale, sample_timestep
         raise UserError("The prompt is empty: type what the picture shall show.")
     if seed is None:
         raise UserError("The seed is empty: type a whole number.")
-    prior_steps, unet_steps = pipeline.split_timesteps(sample_timesteps)
+    prior_steps, *unet_steps = pipeline.resolve_timesteps(sample_timesteps)
     times = [read_clock()]
     image_embed = pipeline.sample_image_embed([prompt], [seed], prior_cond_scale=prior_cond_scale,
                                               sample_timesteps=prior_steps)  # (1, D)

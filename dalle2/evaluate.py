@@ -9,7 +9,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +25,10 @@ from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
 from dalle2.config import UserError
 from dalle2.data import load_captions, load_image
 from dalle2.files import hold_lock, replace_file
-from dalle2.images import save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.plots import save_tradeoff
 from dalle2.prepare import prepare_store
-from dalle2.render import compute_digest, list_coco_jobs, render_batch
+from dalle2.render import compute_digest, list_coco_jobs, render_jobs
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
 
@@ -174,23 +172,11 @@ def list_runs(args, pipeline):
             steps):
         settings = {**files, "seed": args.seed, "sampler": args.sampler, "cond_scale": cond_scale,
                     "prior_cond_scale": prior_cond_scale,
-                    "sample_timesteps": resolve_timesteps(pipeline, given)}
+                    "sample_timesteps": pipeline.resolve_timesteps(given)}
         name = f"cond_{cond_scale:g}_prior_{prior_cond_scale:g}_steps_{tell_steps(settings)}"
         runs[Path(args.output_dir, "sweep", name) if args.sweep else Path(args.output_dir)] = \
             settings
     return list(runs.items())
-
-
-def resolve_timesteps(pipeline, sample_timesteps):
-    """[the prior's steps, each stage's] of what --sample_timesteps holds."""
-    configs = [pipeline.prior_config, *pipeline.unet_configs]
-    first, others = pipeline.split_timesteps(sample_timesteps)
-    steps = [given or config.sample_timesteps for given, config in zip([first, *others], configs)]
-    for number, config in zip(steps, configs):
-        if number > config.timesteps:
-            raise UserError(f"--sample_timesteps: {number} is more than the {config.timesteps} of "
-                            "training")
-    return steps
 
 
 def claim_folder(folder, settings):
@@ -207,24 +193,19 @@ def claim_folder(folder, settings):
 
 
 def render(pipeline, jobs, folder, settings, batch_size):
-    """Renders the jobs that have no file in `folder` yet. Returns the seconds a picture, median
-    over the batches, of the last call that rendered any; None where it did not come to its end."""
-    left = [job for job in jobs if not (folder / job["file"]).is_file()]
-    steps, seconds, pace = settings["sample_timesteps"], [], folder / "seconds.json"
-    sampler = {"sampler": settings["sampler"]}
-    prior_options = {"prior_cond_scale": settings["prior_cond_scale"],
-                     "sample_timesteps": steps[0], **sampler}
-    options = {"cond_scale": settings["cond_scale"], "sample_timesteps": steps[1:], **sampler}
-    with show(len(jobs), "rendering", done=len(jobs) - len(left)) as bar:
-        for batch in split(left, batch_size or (16 if pipeline.clip.device.type == "cpu" else 256)):
-            start = time.perf_counter()
-            images, _ = render_batch(pipeline, batch, False, prior_options, options)
-            for job, image in zip(batch, images.cpu()):
-                replace_file(folder / job["file"], lambda part: save_jpeg(image, part))
-            seconds.append((time.perf_counter() - start) / len(batch))
-            bar.update(len(batch))
-    if seconds:
-        replace_file(pace, lambda part: part.write_text(f"{statistics.median(seconds)}"))
+    """Renders the jobs that have no file in `folder` yet. Returns the seconds a picture of the last
+    call that rendered any to its end; None where there was none."""
+    steps, pace = settings["sample_timesteps"], folder / "seconds.json"
+    count = sum(not (folder / job["file"]).is_file() for job in jobs)
+    start, sampler = time.perf_counter(), {"sampler": settings["sampler"]}
+    render_jobs(pipeline, jobs, folder, settings, batch_size=batch_size,
+                prior_options={"prior_cond_scale": settings["prior_cond_scale"],
+                               "sample_timesteps": steps[0], **sampler},
+                options={"cond_scale": settings["cond_scale"], "sample_timesteps": steps[1:],
+                         **sampler})
+    if count:
+        seconds = (time.perf_counter() - start) / count
+        replace_file(pace, lambda part: part.write_text(f"{seconds}"))
     return json.loads(pace.read_text()) if pace.is_file() else None
 
 

@@ -20,14 +20,10 @@ from dalle2.images import make_file_stem, save_grid
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
 from dalle2.sampling import (
-    SAMPLER,
-    SAMPLERS,
     build_denoiser,
-    build_upsampler,
     compute_levels,
     draw_part,
     invert_ddim,
-    sample_ddim,
 )
 
 INVERSION_STEPS = 50  # at least; squared error of the toy decoder with 10: .0023, 50, 250: .0015
@@ -226,34 +222,14 @@ def find_start(denoise, x_start, noise, levels):
     return x_t, [*levels[:index + 1], levels[-1]]
 
 
-@torch.no_grad()
 def decode(pipeline, image_embed, x_t, seeds, args, eta=0.0):
     """image (B, 3, 256, 256) in [0, 1] of image_embed (B or 1, D) and the first stage's noise x_t
-    (B or 1, 3, h, w); seeds: B, of all other noise."""
-    config, device, shape = pipeline.unet_configs[0], x_t.device, x_t.shape[1:]
-    x_start = sample_ddim(
-        build_denoiser(pipeline.unets[0], config, image_embed.expand(len(seeds), -1),
-                       args.cond_scale),
-        x_t.expand(len(seeds), *shape),
-        compute_levels(build_diffusion(config, device),
-                       args.sample_timesteps or config.sample_timesteps),
-        lambda step: draw_part(seeds, shape, device, "unet", 1, step), eta)
-    return upsample(pipeline, (x_start.clamp(-1, 1) + 1) / 2, seeds)
-
-
-@torch.no_grad()
-def upsample(pipeline, image, seeds):
-    """image (B, 3, h, w) of the first stage through the later ones, as sample_images does it."""
-    device = image.device
-    for number, (unet, config) in enumerate(zip(pipeline.unets[1:], pipeline.unet_configs[1:]),
-                                            start=2):
-        shape = 3, config.image_size, config.image_size
-        x_start = SAMPLERS[SAMPLER](
-            build_upsampler(unet, config, image, draw_part(seeds, shape, device, "lowres", number)),
-            draw_part(seeds, shape, device, "unet", number),
-            compute_levels(build_diffusion(config, device), config.sample_timesteps))
-        image = (x_start.clamp(-1, 1) + 1) / 2
-    return image
+    (B or 1, 3, h, w), by DDIM; seeds: B, of all other noise."""
+    first = args.sample_timesteps or pipeline.unet_configs[0].sample_timesteps
+    steps = [first, *(config.sample_timesteps for config in pipeline.unet_configs[1:])]
+    return pipeline.sample_images(
+        image_embed.expand(len(seeds), -1), seeds, noise=x_t.expand(len(seeds), -1, -1, -1),
+        cond_scale=args.cond_scale, sample_timesteps=steps, sampler="ddim", eta=eta)
 
 
 def join(*parts):

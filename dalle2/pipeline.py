@@ -69,16 +69,22 @@ class Pipeline:
         """images (B, 3, H, W), float in [0, 1] or uint8 -> image_embed (B, D), unit norm."""
         return call_in_groups(self.clip.embed_image, 1, images)
 
-    def split_timesteps(self, sample_timesteps):
-        """What --sample_timesteps holds, as (the prior's, list of each stage's); None: the
-        configs'. One number is for all. UserError where there are too few or too many."""
-        count = 1 + len(self.unets)
-        steps = list(sample_timesteps or [None])
-        steps = steps * count if len(steps) == 1 else steps
-        if len(steps) != count:
-            raise UserError(f"--sample_timesteps: one number, or {count}: the prior's and those of "
-                            f"{len(self.unets)} stages")
-        return steps[0], steps[1:]
+    def resolve_timesteps(self, sample_timesteps):
+        """[the prior's steps, each stage's] of what --sample_timesteps holds: one number for all, a
+        number each, or None for the configs'. Raises UserError on another count, or more steps than
+        were trained."""
+        configs = [self.prior_config, *self.unet_configs]
+        given = list(sample_timesteps or [None])
+        given = given * len(configs) if len(given) == 1 else given
+        if len(given) != len(configs):
+            raise UserError(f"--sample_timesteps: one number, or {len(configs)}: the prior's and "
+                            f"those of {len(self.unets)} stages")
+        steps = [n or config.sample_timesteps for n, config in zip(given, configs)]
+        for number, config in zip(steps, configs):
+            if number > config.timesteps:
+                raise UserError(f"--sample_timesteps: {number} is more than the "
+                                f"{config.timesteps} of training")
+        return steps
 
 
 def load_pipeline(args, device):

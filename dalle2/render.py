@@ -31,7 +31,8 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
                 prior_options=None, options=None):
     """Renders what `output_dir` does not hold yet; the processes of a launch share the work.
 
-    jobs: list of {"caption", "image_id", "photo", "seed"}; settings: what the pictures depend on
+    jobs: list of {"caption", "image_id", "photo", "seed"}, and "file" where it is not to be named
+    after its caption; settings: what the pictures depend on
     besides, as JSON: pictures of other settings are rendered again; batch_size: None: 16 on a CPU,
     256 on a GPU, halved where its memory does not suffice; from_photos: from the embedding of the
     job's photo instead of its caption's; prior_options, options: of Pipeline.sample_image_embed
@@ -42,7 +43,7 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     stems = make_unique_stems([job["caption"] for job in jobs])
-    jobs = [{**job, "file": f"{stem}.jpg"} for job, stem in zip(jobs, stems)]
+    jobs = [{"file": f"{stem}.jpg", **job} for job, stem in zip(jobs, stems)]
     done = read_records(output_dir, digest)
     todo = [job for job in jobs if get_key(job) not in done]
     if len(todo) < len(jobs):

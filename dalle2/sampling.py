@@ -5,6 +5,7 @@ comes from one seed a picture, so that a picture does not depend on the batch th
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -155,13 +156,13 @@ def sample_image_embed(prior, config, text_embed, text_encodings, seeds, *, cond
 
 @torch.no_grad()
 def sample_images(unets, configs, image_embed, seeds, *, cond_scale=None, sample_timesteps=None,
-                  sampler=SAMPLER, thresholding="static", noise=None):
+                  sampler=SAMPLER, eta=0.0, thresholding="static", noise=None):
     """image (B, 3, H, W) in [0, 1] for image_embed (B, D), unit norm, through all stages.
 
     unets, configs: the networks and UnetConfigs, first stage first; seeds: one int a picture;
     cond_scale: guidance of the first stage; sample_timesteps: of every stage, or one a stage; None:
-    the config's. sampler, thresholding: names of SAMPLERS and THRESHOLDS; noise (B, 3, h, w): what
-    the first stage begins from, in place of the seeds'.
+    the config's. sampler, thresholding: names of SAMPLERS and THRESHOLDS; eta, noise
+    (B, 3, h, w): of "ddim" in the first stage, and what it begins from in place of the seeds'.
     """
     image, device = None, image_embed.device
     if not isinstance(sample_timesteps, (tuple, list)):
@@ -176,10 +177,11 @@ def sample_images(unets, configs, image_embed, seeds, *, cond_scale=None, sample
                                                                      number), thresholding)
         x_t = noise if number == 1 and noise is not None else \
             draw_part(seeds, shape, device, "unet", number)
-        x_start = SAMPLERS[sampler](
-            denoise, x_t, compute_levels(build_diffusion(config, device),
-                                         steps or config.sample_timesteps),
-            lambda step: draw_part(seeds, shape, device, "unet", number, step))
+        sample = partial(sample_ddim, eta=eta) if number == 1 and sampler == "ddim" \
+            else SAMPLERS[sampler]
+        x_start = sample(denoise, x_t, compute_levels(build_diffusion(config, device),
+                                                      steps or config.sample_timesteps),
+                         lambda step: draw_part(seeds, shape, device, "unet", number, step))
         image = (x_start.clamp(-1, 1) + 1) / 2
     return image
 
