@@ -13,7 +13,7 @@ from dalle2.config import UserError
 from dalle2.data import load_image
 from dalle2.files import replace_file
 from dalle2.gallery import write_gallery
-from dalle2.images import save_grid
+from dalle2.images import arrange, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.prepare import prepare_store
 from dalle2.render import compute_digest, list_coco_jobs, render_jobs
@@ -167,8 +167,8 @@ def find_nearest(args, pipeline, output_dir, entries):
 def write_grid(output_dir, entries, samples_per_prompt):
     """`grid.jpg` of the first 64 pictures at 128 px, the samples of a prompt in one row."""
     pictures = [load_image(output_dir / entry["file"], 128) / 255 for entry in entries[:64]]
-    save_grid(torch.stack(pictures), output_dir / "grid.jpg",
-              columns=samples_per_prompt if samples_per_prompt > 1 else 8)
+    columns = samples_per_prompt if samples_per_prompt > 1 else 8
+    save_jpeg(arrange(torch.stack(pictures), columns), output_dir / "grid.jpg")
 
 
 if __name__ == "__main__":

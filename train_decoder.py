@@ -10,7 +10,7 @@ from dalle2.checkpoint import load_export, save_export
 from dalle2.config import PRESETS, DecoderConfig, UserError, config_to_dict
 from dalle2.data import draw_indexes, load_captions, resize
 from dalle2.diffusion import build_diffusion
-from dalle2.images import save_grid
+from dalle2.images import arrange
 from dalle2.losses import compute_unet_loss
 from dalle2.metrics import compute_fixed_timesteps, summarize_by_quartile
 from dalle2.models import build_unet, load_decoder, load_prior
@@ -116,19 +116,22 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
                 losses.append(compute_loss(module, batch, fixed))
         return summarize_by_quartile(torch.cat(losses).cpu(), fixed_t, unet_config.timesteps)
 
-    def sample(module, path):
+    # ---- sample pictures, where the stages before this one are trained
+    path = Path(output_dir) / "decoder.safetensors"
+    stages, configs, _ = load_decoder(path, "--output_dir") if path.exists() else ({}, {}, None)
+    earlier = [n for n in range(1, number) if n in stages]
+
+    def sample(module):
         """A row of photos; below, what the stages so far make of each kind of embedding."""
-        stages, configs, _ = load_decoder(Path(output_dir) / "decoder.safetensors", "--output_dir")
-        if set(range(1, number)) - set(stages):
-            return  # a stage before this one is not trained yet
-        stages = [*(stages[n].to(accelerator.device) for n in range(1, number)), module]
+        chain = [*(stages[n].to(accelerator.device) for n in earlier), module]
+        chain_configs = [*(configs[n] for n in earlier), unet_config]
         rows = [torch.from_numpy(val_store.images[range(NUM_SAMPLES)[:len(val_store)]]) / 255]
         for embeds in sample_embeds:
             with accelerator.autocast():
-                rows.append(sample_images(stages, [configs[n] for n in range(1, number + 1)],
-                                          embeds, range(len(embeds))).float().cpu())
-        save_grid(torch.cat([resize(row, unet_config.image_size) for row in rows]), path,
-                  columns=len(rows[0]))
+                rows.append(sample_images(chain, chain_configs, embeds,
+                                          range(len(embeds))).float().cpu())
+        return arrange(torch.cat([resize(row, unet_config.image_size) for row in rows]),
+                       columns=len(rows[0]))
 
     def export(state, step, best):
         path = Path(output_dir) / f"decoder{'_best' if best else ''}.safetensors"
@@ -146,7 +149,8 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
           train_config=unet_config.train, run_dir=Path(output_dir) / f"unet{number}",
           header={**header, "config": config_to_dict(unet_config), "lowres_size": lowres_size},
           accelerator=accelerator, export=export,
-          validate=val_store and validate, sample=val_store and sample, log_with=log_with)
+          validate=val_store and validate, log_with=log_with,
+          sample=sample if val_store and len(earlier) == number - 1 else None)
 
 
 def collect_sample_embeds(val_store, prior_ckpt, fingerprint, device):

@@ -3,9 +3,10 @@
 # profile, and MINUTES of training on photographs with captions, rendered from held-out captions.
 # Hardware: one CUDA GPU with 24 GB or more (80 GB for the base preset's tables). Disk: 5 GB.
 # Time: MINUTES + about 10. What it finds lies in OUT (default output/gpu_check).
-#   MINUTES=20 DATA=../shared/data/flickr8k sh benchmarks/gpu_check.sh
+#   MINUTES=20 DATA=../shared/data/flickr8k sh benchmarks/gpu_check.sh [tests] [speed] [training]
 # DATA holds annotations/captions_{train,val}.json (COCO captions format) and their pictures in
-# train/ and val/ or, for both, images/.  PRESET (small) is what is trained.
+# train/ and val/ or, for both, images/. PRESET (small) is what is trained, BATCH (256) the batch
+# that CLIP and prior are trained with; the base stage takes half, the upsampler a quarter.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -14,32 +15,38 @@ minutes=${MINUTES:-20}
 data=${DATA:-../shared/data/flickr8k}
 out=${OUT:-output/gpu_check}
 preset=${PRESET:-small}
+batch=${BATCH:-256}
 need requirements.txt requirements-dev.txt
 mkdir -p "$out"
 export PYTHONWARNINGS=ignore
 
-echo "=== tests that need a GPU"
-"$PY" -m pytest tests/test_cuda.py -rs | tee "$out/tests.txt"
+# keep FILE COMMAND..: its output into $out/FILE and onto the screen, its failure kept (a pipe into
+# tee would hide it)
+keep() {
+    file=$out/$1
+    shift
+    "$@" >"$file" || { cat "$file"; exit 1; }
+    cat "$file"
+}
 
-echo "=== speed"
-for flag in "" --compile; do
-    # shellcheck disable=SC2086  # no word where the flag is empty
-    "$PY" benchmarks/train_speed.py --preset base --batch_size 32 $flag \
-        --profile --json "$out/train_speed$flag.json" | tee "$out/train_speed$flag.md"
-done
-"$PY" benchmarks/sample_speed.py --preset base --batch_size 16 | tee "$out/sample_speed.md"
+run_tests() {
+    keep tests.txt "$PY" -m pytest tests/test_cuda.py -rs
+}
 
-echo "=== $minutes minutes of training on $data, preset $preset"
+run_speed() {
+    for flag in "" --compile; do
+        # shellcheck disable=SC2086  # no word where the flag is empty
+        keep "train_speed$flag.md" "$PY" benchmarks/train_speed.py --preset base --batch_size 32 \
+            $flag --profile --json "$out/train_speed$flag.json"
+    done
+    keep sample_speed.md "$PY" benchmarks/sample_speed.py --preset base --batch_size 16
+}
+
 images() {
     if [ -d "$data/$1" ]; then echo "$data/$1"; else echo "$data/images"; fi
 }
-set -- --preset "$preset" --store_dir "$out/store" --num_val_images 256 --log_with none \
-    --train_img_path "$(images train)" --train_annot_path "$data/annotations/captions_train.json" \
-    --val_img_path "$(images val)" --val_annot_path "$data/annotations/captions_val.json" \
-    --save_every 1000000 --validate_every 500 --gradient_accumulation_steps 1
-clip="--clip_pretrained $out/clip/clip.safetensors"
 
-# train NAME SHARE SCRIPT FLAGS: measures the pace over 40 steps, then takes the steps that SHARE
+# train NAME SHARE SCRIPT FLAGS..: measures the pace over 40 steps, then takes the steps that SHARE
 # per cent of the minutes allow
 train() {
     name=$1 share=$2 script=$3
@@ -47,30 +54,48 @@ train() {
     rm -rf "$out/pace"
     "$PY" "$script" "$@" --num_steps 40 --val_annot_path "" --output_dir "$out/pace"
     steps=$("$PY" -c "
-import glob, json, sys
+import glob, json
 rows = [json.loads(line) for path in glob.glob('$out/pace/**/metrics.jsonl', recursive=True)
         for line in open(path)]
 batch = rows[0]['samples_seen'] / rows[0]['step']
 print(max(100, int(rows[-1]['samples_per_sec'] / batch * 60 * $minutes * $share / 100)))")
+    rm -rf "$out/pace"
     echo "$name: $steps steps"
     "$PY" "$script" "$@" --num_steps "$steps" --output_dir "$out/$name"
 }
-train clip 15 train_clip.py "$@" --batch_size 256
-train prior 15 train_prior.py "$@" $clip --batch_size 256
-train decoder 50 train_decoder.py "$@" $clip --unet_number 1 --batch_size 128
-train decoder 20 train_decoder.py "$@" $clip --unet_number 2 --batch_size 64
 
-echo "=== rendering 64 held-out captions; none is picked"
-"$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 64 --output_dir "$out/rendered" \
-    --test_annot_path "$data/annotations/captions_val.json" \
-    --prior_ckpt "$out/prior/prior.safetensors" \
-    --decoder_ckpt "$out/decoder/decoder.safetensors"
-for name in prior decoder; do
-    "$PY" -c "
+run_training() {
+    set -- --preset "$preset" --store_dir "$out/store" --num_val_images 256 --log_with none \
+        --train_img_path "$(images train)" --val_img_path "$(images val)" \
+        --train_annot_path "$data/annotations/captions_train.json" \
+        --val_annot_path "$data/annotations/captions_val.json" \
+        --save_every 1000000 --validate_every 500 --gradient_accumulation_steps 1
+    clip="--clip_pretrained $out/clip/clip.safetensors"
+    # shellcheck disable=SC2086  # the flag and its value
+    {
+        train clip 15 train_clip.py "$@" --batch_size "$batch"
+        train prior 15 train_prior.py "$@" $clip --batch_size "$batch"
+        train decoder 50 train_decoder.py "$@" $clip --unet_number 1 --batch_size $((batch / 2))
+        train decoder 20 train_decoder.py "$@" $clip --unet_number 2 --batch_size $((batch / 4))
+    }
+    # 64 held-out captions; none is picked
+    "$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 64 \
+        --test_annot_path "$data/annotations/captions_val.json" --output_dir "$out/rendered" \
+        --prior_ckpt "$out/prior/prior.safetensors" \
+        --decoder_ckpt "$out/decoder/decoder.safetensors"
+    for name in prior decoder; do
+        "$PY" -c "
 from safetensors import safe_open
 from safetensors.torch import save_file
 with safe_open('$out/$name/$name.safetensors', 'pt') as file:
     state = {key: file.get_tensor(key).half() for key in file.keys()}
     save_file(state, '$out/$name.fp16.safetensors', file.metadata())"
+    done
+    ls -l "$out"
+}
+
+[ $# -gt 0 ] || set -- tests speed training
+for part; do
+    echo "=== $part"
+    "run_$part"
 done
-ls -l "$out"

@@ -68,6 +68,9 @@ def add_train_flags(parser, output_dir):
                        help="auto: bf16 on a GPU that has it, else none")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="the network by torch.compile, after a minute or two at the start")
+    train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=None,
+                       help="share weights, average and optimizer out among the processes, for a "
+                       "network that one GPU does not hold")
     train.add_argument("--save_every", type=int, help="steps between checkpoints")
     train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
     train.add_argument("--validate_every", type=int, help="steps between validations")
@@ -80,8 +83,8 @@ def add_train_flags(parser, output_dir):
 def override_train(config, args):
     """`config` (with a field `train`), validated, with the training flags that were given."""
     given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
-                                      "gradient_accumulation_steps", "compile", "save_every",
-                                      "save_minutes", "validate_every")
+                                      "gradient_accumulation_steps", "compile", "fsdp",
+                                      "save_every", "save_minutes", "validate_every")
              if (value := getattr(args, name)) is not None}
     return validate_config(replace(config, train=replace(config.train, **given)))
 
@@ -150,8 +153,8 @@ def build_accelerator(mixed_precision):
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("LAUNCH_ARGS: FSDP and DeepSpeed are not supported, each process holds the "
-                        "whole network; --gradient_accumulation_steps saves memory")
+        raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed are not used here; --fsdp "
+                        "shares the network out among the processes of any other launch")
     return accelerator
 
 

@@ -31,6 +31,7 @@ class TrainConfig:
     seed: int = 0                    # noise, timesteps, crops, captions and order follow from it
     mixed_precision: str = "auto"    # "no", "bf16", "fp16"; "auto": bf16 where CUDA has it
     compile: bool = False            # the network by torch.compile; on a CPU it does not pay
+    fsdp: bool = False               # weights and optimizer shared out among the processes (FSDP2)
     save_every: int = 2500           # steps between checkpoints and exports
     save_minutes: float = 0.0        # and minutes between them; 0: steps alone
     validate_every: int = 2500       # steps between validations
@@ -206,6 +207,8 @@ _MAY_BE_ZERO = {"muon_lr", "save_minutes", "weight_decay", "warmup_steps", "seed
 
 def validate_config(config):
     """Raises UserError naming the first field of `config` whose value makes no sense."""
+    if getattr(config, "fsdp", False) and (config.compile or config.mixed_precision == "fp16"):
+        raise UserError("--fsdp: goes with neither --compile nor --mixed_precision fp16")
     for item in dataclasses.fields(config):
         name, value = item.name, getattr(config, item.name)
         if dataclasses.is_dataclass(value):

@@ -16,7 +16,7 @@ from dalle2 import cli
 from dalle2.config import UserError
 from dalle2.data import STORE_IMAGE_SIZE, load_image, resize
 from dalle2.diffusion import build_diffusion
-from dalle2.images import make_file_stem, save_grid
+from dalle2.images import arrange, make_file_stem, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
 from dalle2.sampling import (
@@ -78,7 +78,7 @@ def main():
     if args.command == "textdiff":
         words += ["to", args.to_caption]
     path = Path(args.output_dir) / f"{make_file_stem(' '.join(words))}.jpg"
-    save_grid(strip, path, columns=len(strip))
+    save_jpeg(arrange(strip, columns=len(strip)), path)
     print(path)
 
 

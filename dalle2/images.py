@@ -23,10 +23,9 @@ def save_jpeg(image, path, quality=95):
     TF.to_pil_image(image.cpu()).save(path, "JPEG", quality=quality)
 
 
-def save_grid(images, path, columns=8):
-    """images (B, 3, H, W) in [0, 1] as one JPEG, `columns` a row."""
-    save_jpeg(make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0),
-              path)
+def arrange(images, columns=8):
+    """images (B, 3, H, W) in [0, 1] as one picture (3, H', W'), `columns` a row."""
+    return make_grid(images.float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
 
 
 def make_file_stem(caption):

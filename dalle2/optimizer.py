@@ -12,6 +12,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from dalle2.sharding import gather, scatter_like
+
 NEWTON_SCHULZ = 3.4445, -4.775, 2.0315  # coefficients of Jordan 2024
 NEWTON_SCHULZ_STEPS = 5
 
@@ -23,9 +25,9 @@ def build_optimizers(module, config):
     matrices = list_matrices(module) if config.muon_lr else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in params if id(p) not in chosen]
-    groups = [{"params": [p for p in rest if p.squeeze().ndim >= 2],
+    groups = [{"params": [p for p in rest if is_matrix(p)],
                "weight_decay": config.weight_decay, "peak_lr": config.lr},
-              {"params": [p for p in rest if p.squeeze().ndim < 2],
+              {"params": [p for p in rest if not is_matrix(p)],
                "weight_decay": 0.0, "peak_lr": config.lr}]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2),
                                     fused=True)]
@@ -33,6 +35,10 @@ def build_optimizers(module, config):
         optimizers.append(Muon([{"params": matrices, "peak_lr": config.muon_lr}],
                                lr=config.muon_lr, weight_decay=config.weight_decay))
     return optimizers
+
+
+def is_matrix(param):
+    return sum(side > 1 for side in param.shape) >= 2
 
 
 def list_matrices(module):
@@ -67,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
                 state["momentum"].mul_(momentum).add_(param.grad)
-                update = param.grad.add(state["momentum"], alpha=momentum).flatten(1)
+                update = gather(param.grad.add(state["momentum"], alpha=momentum)).flatten(1)
                 is_tall = update.shape[0] > update.shape[1]
                 update = update.T if is_tall else update
                 by_shape[update.shape].append((param, is_tall, update))
@@ -77,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                     update = update.T if is_tall else update
                     scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
                     param.mul_(1 - lr * group["weight_decay"])
-                    param.add_(update.reshape(param.shape), alpha=-lr * scale)
+                    param.add_(scatter_like(update.reshape(param.shape), param), alpha=-lr * scale)
 
 
 def orthogonalize(matrices):

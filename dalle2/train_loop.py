@@ -14,22 +14,26 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
 from dalle2.config import UserError
 from dalle2.files import hold_lock, replace_file
+from dalle2.images import save_jpeg
 from dalle2.logger import MetricsLog
 from dalle2.optimizer import build_optimizers
 from dalle2.plots import save_curves
 from dalle2.rng import BatchRandom
+from dalle2.sharding import gather, gather_state, load_module, load_optimizer, shard
 
 LOG_EVERY = 25
 SHOWN = "loss", "val_loss", "val_cosine", "recall@1"  # beside the progress bar
 MAX_BAD_STEPS = 20     # in a row without a finite gradient; fp16 needs a few to find its scale
-MAY_CHANGE = {"num_steps", "save_every", "save_minutes", "validate_every", "mixed_precision",
-              "gradient_accumulation_steps", "compile"}  # what a resumed run may set otherwise
+MAY_CHANGE = {  # what a resumed run may set otherwise
+    "num_steps", "save_every", "save_minutes", "validate_every", "mixed_precision",
+    "gradient_accumulation_steps", "compile", "fsdp"}
 
 
 def train(
@@ -43,7 +47,7 @@ def train(
     accelerator,     # accelerate.Accelerator
     export,          # (state dict of the averaged weights, step, best): writes the exported file
     validate=None,   # (module, brief) -> {name: number} with "val_loss"; brief: only the losses
-    sample=None,     # (averaged module, path of a JPEG): draws pictures
+    sample=None,     # (averaged module) -> a picture for samples/, (3, H, W) in [0, 1], or None
     log_with="tensorboard",  # "tensorboard", "wandb" or "none", beside metrics.jsonl
 ):
     """Trains until `train_config.num_steps`, going on from the newest checkpoint in `run_dir`.
@@ -52,7 +56,7 @@ def train(
     run cannot go on, with the last good checkpoint kept.
     """
     c, run_dir, device = train_config, Path(run_dir), accelerator.device
-    is_main = accelerator.is_main_process
+    is_main, is_shared = accelerator.is_main_process, c.fsdp and accelerator.num_processes > 1
     count_rows(c, accelerator.num_processes)  # a batch that does not divide is told before anything
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -66,7 +70,11 @@ def train(
         ema = AveragedModel(module, multi_avg_fn=build_ema_function(c.ema_decay))
         if c.compile:
             module.compile()
-        model, *optimizers = accelerator.prepare(module, *build_optimizers(module, c))
+        if is_shared:
+            shard(module, device)
+            shard(ema.module, device)
+        model = accelerator.prepare_model(module, evaluation_mode=is_shared)  # then not DDP's
+        optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(module, c)]
         module = accelerator.unwrap_model(model)
 
         # ---- resume
@@ -74,31 +82,39 @@ def train(
         state = load_newest_checkpoint(run_dir / "checkpoints")
         if state is not None:
             check_same_run(state["header"], header, run_dir)
-            module.load_state_dict(state["module"])
-            ema.load_state_dict(state["ema"])
+            load_module(module, state["module"])
+            load_module(ema, state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                load_optimizer(optimizer, saved)
             if accelerator.scaler is not None and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
             start, best = state["step"], state["best"]
             del state
+
+        def write_export(step, best=False):
+            weights = gather_state(ema.module.state_dict())
+            if is_main:
+                export(weights, step, best=best)
+
+        def write_checkpoint(step, must):
+            state = gather_state({
+                "step": step, "header": header, "best": best, "module": module.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}})
+            if is_main:
+                save_checkpoint(run_dir / "checkpoints", state, must=must)
+
         if start >= c.num_steps:
             accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
-            if is_main:
-                export(ema.module.state_dict(), start, best=False)
-            return
+            return write_export(start)
         accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {accelerator.num_processes}"
-                          f" x {device.type}, precision {accelerator.mixed_precision}")
+                          f" x {device.type}, {'weights shared out, ' if is_shared else ''}"
+                          f"precision {accelerator.mixed_precision}")
         if is_main:
             replace_file(run_dir / "config.json",
                          lambda part: part.write_text(json.dumps(header, indent=2)))
             log = stack.enter_context(MetricsLog(run_dir, start, log_with, header))
-
-        def collect_state(step):
-            return {"step": step, "header": header, "best": best, "module": module.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}}
 
         # ---- steps
         pending = []  # (step, lr, loss, gradient norm), tensors until they are written
@@ -117,36 +133,42 @@ def train(
             pending.append((step + 1, c.lr * lr_factor, loss, grad_norm))
             progress.update()
 
-            # ---- log, validate, save
+            # ---- log, validate, save: the first process, or all, where all hold a share
             done = step + 1
             stopped = agree_to_stop(stop, done, accelerator)
             ends = done == c.num_steps or stopped
             validates = validate and (done == c.num_steps or done % c.validate_every == 0)
             saves = ends or done % c.save_every == 0
-            logs = saves or validates or done % LOG_EVERY == 0
-            if not logs:
+            if not (saves or validates or done % LOG_EVERY == 0):
                 continue
             rows = collect_rows(pending, accelerator, c.batch_size, progress)
             bad_steps, pending = count_bad_steps(rows, bad_steps, run_dir), []
-            if not is_main:
+            if c.save_minutes:
+                minutes = (time.monotonic() - saved_at) / 60
+                saves |= holds_anywhere(minutes > c.save_minutes, accelerator)
+            if not (is_main or is_shared):
                 continue
             if validates:
                 row = run_validation(validate, module, ema)
+                if is_shared:
+                    (row,) = broadcast_object_list([row])  # one answer to whether it is the best
                 rows[-1].update(row)
                 if row["val_loss"] < best["val_loss"]:
                     best = {"step": done, "val_loss": row["val_loss"]}
-                    export(ema.module.state_dict(), done, best=True)
-            log.write(rows)
-            progress.set_postfix({name: f"{value:.4f}" for name, value in rows[-1].items()
-                                  if name in SHOWN})
-            minutes = (time.monotonic() - saved_at) / 60
-            if saves or (c.save_minutes and minutes > c.save_minutes):
+                    write_export(done, best=True)
+            if is_main:
+                log.write(rows)
+                progress.set_postfix({name: f"{value:.4f}" for name, value in rows[-1].items()
+                                      if name in SHOWN})
+            if saves:
                 saved_at = time.monotonic()
-                save_checkpoint(run_dir / "checkpoints", collect_state(done), must=ends)
-                export(ema.module.state_dict(), done, best=False)
-                save_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-                if sample and not stopped:
-                    sample(ema.module, run_dir / "samples" / f"step_{done:08d}.jpg")
+                write_checkpoint(done, must=ends)
+                write_export(done)
+                if is_main:
+                    save_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+                picture = sample(ema.module) if sample and not stopped else None
+                if is_main and picture is not None:
+                    save_jpeg(picture, run_dir / "samples" / f"step_{done:08d}.jpg")
         accelerator.wait_for_everyone()
     if stopped:
         accelerator.print(f"{run_dir}: stopped and saved at step {done}; the same command goes on")
@@ -181,7 +203,7 @@ def update_weights(model, optimizers, accelerator, config, lr_factor):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    grad_norm = gather(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if accelerator.scaler is None:
         skip_unless_finite(optimizers, grad_norm)
     for optimizer in optimizers:
@@ -215,14 +237,20 @@ def catch_signals():
 
 def agree_to_stop(caught, step, accelerator):
     """Whether a signal came, the same answer in all processes; several look every tenth step."""
-    if accelerator.num_processes == 1:
-        return bool(caught)
-    if step % 10:
+    if accelerator.num_processes > 1 and step % 10:
         return False
-    stop = accelerator.reduce(torch.tensor(float(bool(caught)), device=accelerator.device), "sum")
+    stop = holds_anywhere(bool(caught), accelerator)
     if stop and not caught:
         caught.append(signal.SIGTERM)
-    return bool(stop)
+    return stop
+
+
+def holds_anywhere(condition, accelerator):
+    """Whether `condition` holds in any process, the same answer in all."""
+    if accelerator.num_processes == 1:
+        return condition
+    count = accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum")
+    return bool(count)
 
 
 @contextlib.contextmanager

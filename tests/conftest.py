@@ -6,12 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import toy_coco
-
-from dalle2.checkpoint import save_export
-from dalle2.clip import build_clip
-from dalle2.config import PRESETS, config_to_dict
+from helpers import write_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,13 +28,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clip_path(tmp_path_factory):
-    """An untrained CLIP of the toy preset, as train_clip.py exports one."""
-    config = PRESETS["toy"].clip
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    save_export(path, "clip", {"config": config_to_dict(config), "step": 0},
-                build_clip(config).state_dict())
-    return path
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
 
 
 @pytest.fixture(scope="session")

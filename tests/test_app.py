@@ -14,14 +14,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from helpers import TOY, change_unets, write_checkpoints
 from PIL import Image
 
 from dalle2 import app, cli
-from dalle2.checkpoint import save_export
-from dalle2.clip import compute_fingerprint, load_clip
-from dalle2.config import PRESETS, UserError, config_to_dict
+from dalle2.config import UserError
 from dalle2.images import save_jpeg
-from dalle2.models import build_prior, build_unet
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,27 +29,10 @@ SETTINGS = {"seed": 5, "cond_scale": 1.5, "prior_cond_scale": 1.0, "sample_times
 @pytest.fixture(scope="module")
 def flags(clip_path, tmp_path_factory):
     """Flags that name random checkpoints of the toy preset, 3 + 2 + 1 steps by default."""
-    folder, preset = tmp_path_factory.mktemp("app"), PRESETS["toy"]
-    torch.manual_seed(0)
-    clip = {"clip_model": "", "clip_pretrained": str(clip_path), "relative_path": "",
-            "fingerprint": compute_fingerprint(load_clip("", str(clip_path)))}
-    config = replace(preset.prior, sample_timesteps=3)
-    save_export(folder / "prior.safetensors", "prior",
-                {"config": config_to_dict(config), "embed_dim": 128, "clip": clip, "step": 0},
-                {f"net.{k}": v for k, v in build_prior(config, 128).state_dict().items()})
-    first, last = preset.decoder.unets
-    configs = replace(first, sample_timesteps=2), replace(last, sample_timesteps=1,
-                                                          dim_mults=(1, 1, 1))
-    stages, weights = [], {}
-    for number, config in enumerate(configs, start=1):
-        stages.append({"config": config_to_dict(config), "step": 0})
-        state = build_unet(config, number, 128).state_dict()  # begins with zeros at its end
-        weights |= {f"unets.{number - 1}.{k}": v + 0.05 * torch.randn_like(v)
-                    for k, v in state.items()}
-    save_export(folder / "decoder.safetensors", "decoder",
-                {"embed_dim": 128, "clip": clip, "stages": stages}, weights)
-    return ["--prior_ckpt", str(folder / "prior.safetensors"),
-            "--decoder_ckpt", str(folder / "decoder.safetensors")]
+    return write_checkpoints(
+        tmp_path_factory.mktemp("app"), clip_path, replace(TOY.prior, sample_timesteps=3),
+        change_unets({"sample_timesteps": 2}, {"sample_timesteps": 1, "dim_mults": (1, 1, 1)}),
+        noise=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -3,50 +3,21 @@
 import re
 
 import pytest
-import torch
+from helpers import TOY, check_refused, write_checkpoints, write_clip, write_decoder
 
-from dalle2.checkpoint import save_export
-from dalle2.clip import build_clip, compute_fingerprint, load_clip
-from dalle2.config import PRESETS, config_to_dict
-from dalle2.models import build_prior, build_unet
-
-
-def recorded_clip(path):
-    return {"clip_model": "", "clip_pretrained": str(path), "relative_path": "",
-            "fingerprint": compute_fingerprint(load_clip("", str(path)))}
+from dalle2.checkpoint import read_export_header
 
 
 @pytest.fixture(scope="module")
 def checkpoints(clip_path, tmp_path_factory):
-    """Flags that name untrained exports of the toy preset."""
-    folder, preset = tmp_path_factory.mktemp("ckpt"), PRESETS["toy"]
-    clip = recorded_clip(clip_path)
-    save_export(folder / "prior.safetensors", "prior",
-                {"config": config_to_dict(preset.prior), "embed_dim": 128, "clip": clip, "step": 0},
-                {f"net.{k}": v for k, v in build_prior(preset.prior, 128).state_dict().items()})
-    weights = {}
-    for number, config in enumerate(preset.decoder.unets, start=1):
-        unet = build_unet(config, number, 128)
-        weights |= {f"unets.{number - 1}.{k}": v for k, v in unet.state_dict().items()}
-    stages = [{"config": config_to_dict(c), "step": 0} for c in preset.decoder.unets]
-    save_export(folder / "decoder.safetensors", "decoder",
-                {"embed_dim": 128, "clip": clip, "stages": stages}, weights)
-    save_export(folder / "half.safetensors", "decoder",
-                {"embed_dim": 128, "clip": clip, "stages": [stages[0], None]},
-                {k: v for k, v in weights.items() if k.startswith("unets.0.")})
-    torch.manual_seed(1)
-    save_export(folder / "other_clip.safetensors", "clip",
-                {"config": config_to_dict(preset.clip), "step": 0},
-                build_clip(preset.clip).state_dict())
+    """Folder with untrained exports of the toy preset."""
+    folder = tmp_path_factory.mktemp("ckpt")
+    write_checkpoints(folder, clip_path)
+    clip = read_export_header(folder / "prior.safetensors", "prior")["clip"]
+    write_decoder(folder / "half.safetensors", clip, (TOY.decoder.unets[0], None))
+    write_clip(folder / "other_clip.safetensors", seed=1)
     (folder / "broken.safetensors").write_bytes(b"not a checkpoint")
     return folder
-
-
-def check_refused(result, told):
-    code, out, err = result
-    assert code == 2, (code, out, err)
-    assert re.fullmatch(r"error: [^\n]*" + told + r"[^\n]*\n", err), err
-    assert "Traceback" not in out + err
 
 
 @pytest.mark.parametrize("script", ["train_prior.py", "train_decoder.py"])

@@ -10,7 +10,15 @@ from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
 from dalle2.clip import build_clip
-from dalle2.config import PRESETS, ClipConfig, PriorConfig, TrainConfig, UnetConfig, UserError
+from dalle2.config import (
+    PRESETS,
+    ClipConfig,
+    PriorConfig,
+    TrainConfig,
+    UnetConfig,
+    UserError,
+    validate_config,
+)
 from dalle2.models import build_unet, load_decoder, load_prior
 from dalle2.sampling import sample_image_embed, sample_images
 
@@ -54,7 +62,8 @@ def assert_changes(seen, kind, run, before, after):
 
 
 def test_the_walks_leave_no_field_out():
-    for kind, walked in ((TrainConfig, {*TRAIN, "mixed_precision", "compile"}), (ClipConfig, CLIP),
+    tested_elsewhere = {"mixed_precision", "compile", "fsdp"}
+    for kind, walked in ((TrainConfig, {*TRAIN, *tested_elsewhere}), (ClipConfig, CLIP),
                          (PriorConfig, PRIOR), (UnetConfig, {**UNET, **UPSAMPLER})):
         assert {item.name for item in fields(kind)} - {"train"} == set(walked)
 
@@ -70,7 +79,7 @@ def test_training(field, tmp_path, seen):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         exported, raw, metrics = run_training(
             folder, config, validate=validate, at_step=events.append,
-            sample=lambda module, path: events.append(path.name))
+            sample=lambda module: events.append("sample"))
         return {"exported": exported, "raw": raw, "events": events,
                 "lr": [m["lr"] for m in metrics]}
     config = replace(CONFIG, num_steps=9, validate_every=5, save_every=5)
@@ -86,7 +95,14 @@ def test_mixed_precision():
         assert cli.build_accelerator(name).mixed_precision == name
     AcceleratorState._reset_state(reset_partial_state=True)
 
-def test_sharded_training_is_refused_in_one_line(monkeypatch):
+
+@pytest.mark.parametrize("other", [{"compile": True}, {"mixed_precision": "fp16"}])
+def test_what_does_not_go_with_fsdp_is_refused(other):
+    with pytest.raises(UserError, match="--fsdp: goes with neither"):
+        validate_config(replace(CONFIG, fsdp=True, **other))
+
+
+def test_plugins_of_accelerate_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator.distributed_type",
                         property(lambda self: DistributedType.FSDP))
     with pytest.raises(UserError, match="LAUNCH_ARGS: .*FSDP"):

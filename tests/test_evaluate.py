@@ -6,60 +6,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import TOY, change_unets, write_checkpoints, write_clip
 from PIL import Image
 
 from dalle2 import metrics
-from dalle2.checkpoint import save_export
-from dalle2.clip import build_clip, compute_fingerprint, load_clip
-from dalle2.config import PRESETS, config_to_dict
-from dalle2.models import build_prior, build_unet
-
-TOY, D = PRESETS["toy"], 128
-
-
-def shake(module, seed, scale=0.1):
-    """`module` with noise in every weight: untrained, it draws gray and tells nothing apart."""
-    torch.manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.data += scale * torch.randn_like(parameter)
-    return module
-
-
-def save_clip(path, seed):
-    save_export(path, "clip", {"config": config_to_dict(TOY.clip), "step": 0},
-                shake(build_clip(TOY.clip), seed, 0.2).state_dict())
-    return path
+from dalle2.clip import compute_fingerprint, load_clip
 
 
 @pytest.fixture(scope="module")
 def clip_path(tmp_path_factory):
-    return save_clip(tmp_path_factory.mktemp("shaken") / "clip.safetensors", 0)
+    return write_clip(tmp_path_factory.mktemp("shaken") / "clip.safetensors", noise=0.2)
 
 
 @pytest.fixture(scope="module")
 def flags(toy, clip_path, tmp_path_factory):
     """Flags of untrained checkpoints, 2 + 1 + 1 steps to 64 px, and of 24 captioned pictures."""
     folder = tmp_path_factory.mktemp("evaluate")
-    clip = {"clip_model": "", "clip_pretrained": str(clip_path), "relative_path": "",
-            "fingerprint": compute_fingerprint(load_clip("", str(clip_path)))}
-    config = replace(TOY.prior, sample_timesteps=2)
-    save_export(folder / "prior.safetensors", "prior",
-                {"config": config_to_dict(config), "embed_dim": D, "clip": clip, "step": 0},
-                {f"net.{k}": v for k, v in shake(build_prior(config, D), 0).state_dict().items()})
-    stages, weights = [], {}
-    for number, (config, size) in enumerate(zip(TOY.decoder.unets, (32, 64)), start=1):
-        config = replace(config, sample_timesteps=1, image_size=size)
-        stages.append({"config": config_to_dict(config), "step": 0})
-        weights |= {f"unets.{number - 1}.{k}": v
-                    for k, v in shake(build_unet(config, number, D), 0).state_dict().items()}
-    save_export(folder / "decoder.safetensors", "decoder",
-                {"embed_dim": D, "clip": clip, "stages": stages}, weights)
+    checkpoints = write_checkpoints(
+        folder, clip_path, replace(TOY.prior, sample_timesteps=2), noise=0.1,
+        unets=change_unets(*({"sample_timesteps": 1, "image_size": n} for n in (32, 64))))
     whole = json.loads((toy / "captions_val.json").read_text())
     whole["images"] = sorted(whole["images"], key=lambda image: image["id"])[:24]
     (folder / "captions.json").write_text(json.dumps(whole | {"annotations": [
         a for a in whole["annotations"] if a["image_id"] in {i["id"] for i in whole["images"]}]}))
-    return ["--prior_ckpt", folder / "prior.safetensors", "--decoder_ckpt",
-            folder / "decoder.safetensors", "--test_img_path", toy / "val",
+    return [*checkpoints, "--test_img_path", toy / "val",
             "--test_annot_path", folder / "captions.json", "--no-fid"]
 
 
@@ -215,7 +185,7 @@ def test_without_inception_fid_is_null_and_one_line_says_so(evaluate, monkeypatc
 
 
 def test_another_clip_judges(evaluate, tmp_path, clip_path):
-    other = save_clip(tmp_path / "other.safetensors", 7)
+    other = write_clip(tmp_path / "other.safetensors", 7, noise=0.2)
     few = ["--num_images", 3, "--samples_for_diversity", 1]
     code, told, _ = evaluate(*few, "--judge_clip_pretrained", other)
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())

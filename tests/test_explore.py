@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TOY, change_unets, check_refused, write_checkpoints
 from PIL import Image
-from test_cli import check_refused, recorded_clip
 
 from dalle2 import explore
-from dalle2.checkpoint import save_export
-from dalle2.config import PRESETS, UnetConfig, config_to_dict
+from dalle2.config import UnetConfig
 from dalle2.diffusion import Diffusion
-from dalle2.models import build_prior, build_unet
 from dalle2.pipeline import Pipeline, load_pipeline
 from dalle2.sampling import compute_levels, invert_ddim, sample_ddim
 
@@ -24,22 +22,10 @@ MEAN, SPREAD, DROPPED_MEAN = 0.1, 0.25, 0.4
 
 @pytest.fixture(scope="module")
 def checkpoints(clip_path, tmp_path_factory):
-    """Flags that name untrained exports, so small that they draw at once."""
-    folder, preset = tmp_path_factory.mktemp("ckpt"), PRESETS["toy"]
-    clip = recorded_clip(clip_path)
-    torch.manual_seed(0)
-    save_export(folder / "prior.safetensors", "prior",
-                {"config": config_to_dict(preset.prior), "embed_dim": 128, "clip": clip, "step": 0},
-                {f"net.{k}": v for k, v in build_prior(preset.prior, 128).state_dict().items()})
-    weights, first, second = {}, *preset.decoder.unets
-    configs = replace(first, dim=8), replace(second, dim=8, sample_timesteps=1)
-    for number, config in enumerate(configs, start=1):
-        unet = build_unet(config, number, 128)
-        torch.nn.init.normal_(unet.to_out.weight, std=0.1)  # the library's begins at zero
-        weights |= {f"unets.{number - 1}.{k}": v for k, v in unet.state_dict().items()}
-    stages = [{"config": config_to_dict(c), "step": 0} for c in configs]
-    save_export(folder / "decoder.safetensors", "decoder",
-                {"embed_dim": 128, "clip": clip, "stages": stages}, weights)
+    """Untrained exports by flag, so small that they draw at once."""
+    folder = tmp_path_factory.mktemp("ckpt")
+    write_checkpoints(folder, clip_path, noise=0.1,
+                      unets=change_unets({"dim": 8}, {"dim": 8, "sample_timesteps": 1}))
     return {f"{kind}_ckpt": str(folder / f"{kind}.safetensors") for kind in ("prior", "decoder")}
 
 
@@ -125,7 +111,7 @@ def build_gaussian_pipeline(error=0.0):
     """A first stage alone, exact for pictures around MEAN where its condition is kept, around
     DROPPED_MEAN where it is dropped; its estimates are off by `error`, brighter or darker."""
     config = UnetConfig(image_size=64, dim=8, dim_mults=(1,), predict_v=False,
-                        predict_x_start=True, cond_scale=2.0, train=PRESETS["toy"].prior.train)
+                        predict_x_start=True, cond_scale=2.0, train=TOY.prior.train)
     diffusion = Diffusion(config.timesteps, config.beta_schedule)
     wrong = error * (1 - 2 * (torch.arange(64) % 2))
 

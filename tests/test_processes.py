@@ -30,7 +30,11 @@ def start(name, folder, data_flags, clip_path, *flags, processes=1):
 
 
 def finish(process):
-    out = process.communicate(timeout=240)[0]
+    try:
+        out = process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 0, out[-3000:]
     return out
 
@@ -118,3 +122,27 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path, data_flags, clip_path):
     assert [row["step"] for row in parts] == list(range(1, 7))
     for row, other in zip(whole, parts):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder", "upsampler"])
+def test_a_network_shared_out_trains_as_a_whole_one(name, tmp_path, data_flags, clip_path):
+    """Six steps of two processes with --fsdp equal six of one, and the last three of either in the
+    other's place do."""
+    flags = ["--batch_size", "4", "--num_steps", "6", "--save_every", "3", "--validate_every", "2"]
+
+    def run(folder, processes):
+        out = finish(start(name, tmp_path / folder, data_flags, clip_path, *flags, "--fsdp",
+                           processes=processes))
+        assert ("weights shared out" in out) == (processes == 2)
+        return read_metrics(tmp_path / folder)
+    whole = run("one", 1)
+    runs = [run("two", 2)]
+    for folder, processes in (("one", 2), ("two", 1)):
+        (newest,) = (tmp_path / folder).rglob("step_00000006.pt")
+        newest.unlink()
+        runs.append(run(folder, processes))
+    for rows in runs:
+        for row, other in zip(whole, rows, strict=True):
+            assert row.keys() == other.keys()
+            for value in {"loss", "grad_norm", "val_loss", "val_loss_raw"} & row.keys():
+                assert row[value] == pytest.approx(other[value], rel=1e-3), (value, row["step"])

@@ -1,0 +1,70 @@
+"""Networks whose weights, average, gradients and optimizer state are shared out among the processes
+(`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike.
+
+What is saved is gathered first, so that checkpoints and exports are those of any other run and a
+run may go on with or without it, on another number of processes.
+"""
+
+import torch
+from accelerate.utils import recursively_apply
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dalle2.fast_modules import library
+
+UNITS = library.ResnetBlock, library.RearrangeToSequence, library.PixelShuffleUpsample
+
+
+def shard(module, device):
+    """Shares the parameters of a prior or U-Net on `device` out among all processes, in place. A
+    block is gathered when it is computed, the rest when the network is."""
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    options = dict(mesh=mesh, reshard_after_forward=True)
+    for part in list_units(module):
+        fully_shard(part, **options)
+    fully_shard(module, **options)
+    if hasattr(module, "read_text"):
+        register_fsdp_forward_method(module, "read_text")
+
+
+def list_units(module):
+    """The blocks of `module` that are called as a whole: most of its weights. The attention of the
+    prior's layers is not, its parts are called one by one."""
+    if isinstance(module, library.DiffusionPriorNetwork):
+        return [feed_forward for _, feed_forward in module.causal_transformer.layers]
+    return [part for part in module.modules() if isinstance(part, UNITS)]
+
+
+def gather(tensor):
+    """The whole of a tensor that may be shared out; then every process has to call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_state(state):
+    """`state`, nested dicts and lists, with what is shared out gathered on the CPU."""
+    return recursively_apply(lambda tensor: gather(tensor).cpu(), state,
+                             test_type=lambda value: isinstance(value, DTensor))
+
+
+def scatter_like(tensor, like):
+    """`tensor`, whole and the same in all processes, shared out as `like` is, if `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_module(module, saved):
+    """module.load_state_dict of whole tensors."""
+    current = module.state_dict()
+    module.load_state_dict({name: scatter_like(value, current.get(name))
+                            for name, value in saved.items()})
+
+
+def load_optimizer(optimizer, saved):
+    """optimizer.load_state_dict of whole tensors; all but the counts have their weight's shape."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = {index: {name: scatter_like(value, params[index] if value.ndim else None)
+                     for name, value in values.items()}
+             for index, values in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})

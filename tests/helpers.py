@@ -1,0 +1,64 @@
+"""What several tests need: untrained exports, and what a refusal looks like."""
+
+import re
+from dataclasses import replace
+
+import torch
+
+from dalle2.checkpoint import save_export
+from dalle2.clip import build_clip, compute_fingerprint, load_clip
+from dalle2.config import PRESETS, config_to_dict
+from dalle2.models import build_prior, build_unet
+
+TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
+
+
+def write_clip(path, seed=0, noise=0.0):
+    """An untrained CLIP of the toy preset, as train_clip.py exports one."""
+    torch.manual_seed(seed)
+    save_export(path, "clip", {"config": config_to_dict(TOY.clip), "step": 0},
+                shake(build_clip(TOY.clip).state_dict(), noise))
+    return path
+
+
+def write_checkpoints(folder, clip_path, prior=TOY.prior, unets=TOY.decoder.unets, noise=0.0):
+    """Untrained `prior.safetensors` and `decoder.safetensors` for the CLIP in `clip_path`, with
+    noise in every weight (without it the decoder draws gray). Returns the flags that name them."""
+    torch.manual_seed(0)
+    clip = {"clip_model": "", "clip_pretrained": str(clip_path), "relative_path": "",
+            "fingerprint": compute_fingerprint(load_clip("", str(clip_path)))}
+    weights = {f"net.{name}": value for name, value in build_prior(prior, D).state_dict().items()}
+    save_export(folder / "prior.safetensors", "prior", {
+        "config": config_to_dict(prior), "embed_dim": D, "clip": clip, "step": 0},
+        shake(weights, noise))
+    write_decoder(folder / "decoder.safetensors", clip, unets, noise)
+    return ["--prior_ckpt", str(folder / "prior.safetensors"),
+            "--decoder_ckpt", str(folder / "decoder.safetensors")]
+
+
+def write_decoder(path, clip, unets, noise=0.0):
+    """An untrained decoder for what an export records of its CLIP; None: a stage not trained."""
+    weights = {f"unets.{number - 1}.{name}": value
+               for number, config in enumerate(unets, start=1) if config
+               for name, value in build_unet(config, number, D).state_dict().items()}
+    stages = [config and {"config": config_to_dict(config), "step": 0} for config in unets]
+    save_export(path, "decoder", {"embed_dim": D, "clip": clip, "stages": stages},
+                shake(weights, noise))
+
+
+def change_unets(*changes):
+    """The toy preset's stages, each with the fields of one dict changed."""
+    return tuple(replace(unet, **change) for unet, change in zip(TOY.decoder.unets, changes))
+
+
+def shake(weights, noise):
+    return {name: value + noise * torch.randn_like(value) if value.is_floating_point() else value
+            for name, value in weights.items()}
+
+
+def check_refused(result, told):
+    """`result` of run_script: one line on stderr with the pattern `told`, exit code 2."""
+    code, out, err = result
+    assert code == 2, (code, out, err)
+    assert re.fullmatch(r"error: [^\n]*" + told + r"[^\n]*\n", err), err
+    assert "Traceback" not in out + err

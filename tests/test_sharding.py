@@ -1,0 +1,55 @@
+"""Networks shared out among processes: how much each holds, and what is gathered again.
+tests/test_processes.py trains them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from dalle2.config import PRESETS
+from dalle2.models import build_prior, build_unet
+from dalle2.sharding import gather_state, list_units, load_module, shard
+
+TOY = PRESETS["toy"]
+BUILD = {"prior": lambda preset: build_prior(preset.prior, 768),
+         "unet1": lambda preset: build_unet(preset.decoder.unets[0], 1, 768),
+         "unet2": lambda preset: build_unet(preset.decoder.unets[1], 2, 768)}
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_most_weights_are_gathered_block_by_block(name):
+    with torch.device("meta"):
+        network = BUILD[name](PRESETS["base"])
+    sizes = [count(unit.parameters()) for unit in list_units(network)]
+    assert sum(sizes) > (0.75 if name == "prior" else 0.95) * count(network.parameters())
+    assert max(sizes) < 0.15 * count(network.parameters())
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_two_processes_hold_half_each_and_gather_the_whole(name, tmp_path):
+    multiprocessing.spawn(check_share, (name, f"file://{tmp_path}/meet"), nprocs=2)
+
+
+def check_share(rank, name, meet):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        network = BUILD[name](TOY)
+        whole, held = network.state_dict(), count(network.parameters())
+        whole = {key: value.clone() for key, value in whole.items()}
+        shard(network, torch.device("cpu"))
+        share = count(param.to_local() for param in network.parameters()) / held
+        assert 0.47 < share < 0.53
+        gathered = gather_state(network.state_dict())
+        assert all(torch.equal(value, gathered[key]) for key, value in whole.items())
+        doubled = {key: 2 * value for key, value in whole.items()}
+        load_module(network, doubled)
+        gathered = gather_state({"nested": [network.state_dict()]})["nested"][0]
+        assert all(torch.equal(value, gathered[key]) for key, value in doubled.items())
+    finally:
+        dist.destroy_process_group()
+
+
+def count(tensors):
+    return sum(tensor.numel() for tensor in tensors)
