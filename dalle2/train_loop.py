@@ -118,7 +118,8 @@ def train(
 
         # ---- steps
         pending = []  # (step, lr, loss, gradient norm), tensors until they are written
-        bad_steps, stopped, saved_at = 0, False, time.monotonic()
+        bad_steps, stopped = 0, False
+        saved_at = pending_since = time.monotonic()
         progress = stack.enter_context(tqdm(
             total=c.num_steps, initial=start, desc=str(run_dir), unit="step", disable=not is_main,
             mininterval=0.1 if sys.stderr.isatty() else 10))
@@ -141,7 +142,7 @@ def train(
             saves = ends or done % c.save_every == 0
             if not (saves or validates or done % LOG_EVERY == 0):
                 continue
-            rows = collect_rows(pending, accelerator, c.batch_size, progress)
+            rows = collect_rows(pending, pending_since, accelerator, c.batch_size)
             bad_steps, pending = count_bad_steps(rows, bad_steps, run_dir), []
             if c.save_minutes:
                 minutes = (time.monotonic() - saved_at) / 60
@@ -169,6 +170,7 @@ def train(
                 picture = sample(ema.module) if sample and not stopped else None
                 if is_main and picture is not None:
                     save_jpeg(picture, run_dir / "samples" / f"step_{done:08d}.jpg")
+            pending_since = time.monotonic()
         accelerator.wait_for_everyone()
     if stopped:
         accelerator.print(f"{run_dir}: stopped and saved at step {done}; the same command goes on")
@@ -346,11 +348,12 @@ def flatten(value, prefix=""):
     return {prefix: value}
 
 
-def collect_rows(pending, accelerator, batch_size, progress):
-    """The pending steps as metrics rows; losses averaged over all processes."""
+def collect_rows(pending, since, accelerator, batch_size):
+    """The pending steps, begun at the time `since`, as metrics rows; losses averaged over all
+    processes."""
     losses = torch.stack([loss for _, _, loss, _ in pending]).float()
     losses = accelerator.reduce(losses, "mean").tolist()
-    rate = progress.format_dict["rate"] or 0
+    rate = len(pending) * batch_size / (time.monotonic() - since)  # the line above has waited
     return [{"step": step, "samples_seen": step * batch_size, "loss": loss, "lr": lr,
-             "grad_norm": float(norm), "samples_per_sec": round(rate * batch_size, 1)}
+             "grad_norm": float(norm), "samples_per_sec": round(rate, 1)}
             for (step, lr, _, norm), loss in zip(pending, losses)]
