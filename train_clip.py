@@ -10,7 +10,7 @@ from torch import nn
 from dalle2 import cli
 from dalle2.checkpoint import save_export
 from dalle2.clip import ClipLoss, FrozenClip, build_clip, build_tokenizer, preprocess_image
-from dalle2.config import PRESETS, UserError, config_to_dict
+from dalle2.config import PRESETS, config_to_dict
 from dalle2.data import draw_indexes, load_captions
 from dalle2.metrics import compute_recall
 from dalle2.rng import BatchRandom
@@ -20,15 +20,13 @@ from dalle2.train_loop import train
 def parse_args():
     parser = cli.Parser(__doc__)
     cli.add_data_flags(parser)
-    cli.add_train_flags(parser, "output/clip")
+    cli.add_train_flags(parser, "output/clip", fsdp=False)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     config = cli.override_train(PRESETS[args.preset].clip, args)
-    if config.train.fsdp:
-        raise UserError("--fsdp: prior and decoder are shared out; this CLIP is small")
     cli.check_data(args)
     torch.manual_seed(config.train.seed)
     model, tokenizer = build_clip(config), build_tokenizer(config.context_length)

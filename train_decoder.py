@@ -13,7 +13,7 @@ from dalle2.diffusion import build_diffusion
 from dalle2.images import arrange
 from dalle2.losses import compute_unet_loss
 from dalle2.metrics import compute_fixed_timesteps, summarize_by_quartile
-from dalle2.models import build_unet, load_decoder, load_prior
+from dalle2.models import build_unet, list_blocks, load_decoder, load_prior
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed, sample_images
 from dalle2.train_loop import train
@@ -149,7 +149,7 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
           train_config=unet_config.train, run_dir=Path(output_dir) / f"unet{number}",
           header={**header, "config": config_to_dict(unet_config), "lowres_size": lowres_size},
           accelerator=accelerator, export=export,
-          validate=val_store and validate, log_with=log_with,
+          validate=val_store and validate, list_blocks=list_blocks, log_with=log_with,
           sample=sample if val_store and len(earlier) == number - 1 else None)
 
 

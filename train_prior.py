@@ -18,7 +18,7 @@ from dalle2.metrics import (
     compute_prior_scores,
     summarize_by_quartile,
 )
-from dalle2.models import build_prior, load_prior
+from dalle2.models import build_prior, list_blocks, load_prior
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed
 from dalle2.train_loop import train
@@ -101,7 +101,7 @@ def main():
     train(module=prior, compute_loss=compute_loss, draw_batch=draw_batch,
           train_config=config.train, run_dir=args.output_dir, header=header,
           accelerator=accelerator, export=export, validate=val_store and validate,
-          log_with=args.log_with)
+          list_blocks=list_blocks, log_with=args.log_with)
     if val_store and accelerator.is_main_process:
         module = load_prior(Path(args.output_dir) / "prior.safetensors", "--output_dir")[0]
         batch = load_val_batch()

@@ -53,7 +53,7 @@ def add_clip_flags(parser):
                       "train_clip.py wrote brings its architecture along)")
 
 
-def add_train_flags(parser, output_dir):
+def add_train_flags(parser, output_dir, fsdp=True):
     train = parser.add_argument_group("training (None: what the preset says)")
     train.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
     train.add_argument("--preset", default="base", choices=list(PRESETS),
@@ -68,9 +68,10 @@ def add_train_flags(parser, output_dir):
                        help="auto: bf16 on a GPU that has it, else none")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="the network by torch.compile, after a minute or two at the start")
-    train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=None,
-                       help="share weights, average and optimizer out among the processes, for a "
-                       "network that one GPU does not hold")
+    if fsdp:
+        train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=None,
+                           help="share weights, average and optimizer out among the processes, for "
+                           "a network that one GPU does not hold")
     train.add_argument("--save_every", type=int, help="steps between checkpoints")
     train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
     train.add_argument("--validate_every", type=int, help="steps between validations")
@@ -85,7 +86,7 @@ def override_train(config, args):
     given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
                                       "gradient_accumulation_steps", "compile", "fsdp",
                                       "save_every", "save_minutes", "validate_every")
-             if (value := getattr(args, name)) is not None}
+             if (value := getattr(args, name, None)) is not None}
     return validate_config(replace(config, train=replace(config.train, **given)))
 
 

@@ -8,32 +8,23 @@ on a few hundred pictures for every combination of guidance and steps that is gi
 import argparse
 import itertools
 import json
-import os
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from dalle2 import cli, metrics
-from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
 from dalle2.config import UserError
-from dalle2.data import load_captions, load_image
 from dalle2.files import hold_lock, replace_file
+from dalle2.judge import Photos, embed_captions, embed_photos, embed_train, load_judge
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.plots import save_tradeoff
-from dalle2.prepare import prepare_store
 from dalle2.render import compute_digest, list_coco_jobs, render_jobs
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
 
 NUM_IMAGES, NUM_SWEEP_IMAGES, MIN_FID_IMAGES = 30_000, 200, 10_000
-NUM_DIVERSITY_CAPTIONS, NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 16, 99, 64
+NUM_DIVERSITY_CAPTIONS = 16
 COLUMNS = {  # of the tables: what is measured, its title and format
     "pictures": ("pictures", "{}"), "cond_scale": ("cond_scale", "{:g}"),
     "prior_cond_scale": ("prior_cond_scale", "{:g}"), "sample_timesteps": ("steps", "{}"),
@@ -210,129 +201,7 @@ def render(pipeline, jobs, folder, settings, batch_size):
 
 
 # ----------------------------------------------------------------------------------------------
-# judging
-
-
-@dataclass
-class Judge:
-    """What looks at pictures: a CLIP and, where it can be had, the Inception-v3 of FID."""
-
-    clip: FrozenClip
-    told: dict              # which CLIP this is, which one conditions the pictures, if both are one
-    inception: Callable | None
-
-    def embed_files(self, paths, told):
-        """Photos of those of the picture files that can be read, each through load_image."""
-        rows, embeds, features = [], [torch.zeros(0, self.clip.embed_dim)], []
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
-                show(len(paths), f"embedding {told}") as bar:
-            for part in split(range(len(paths)), EMBED_BATCH_SIZE):
-                images = dict(zip(part, pool.map(load_or_none, [paths[row] for row in part])))
-                images = {row: image for row, image in images.items() if image is not None}
-                bar.update(len(part))
-                if images:
-                    rows += images
-                    batch = torch.stack(list(images.values()))        # (B, 3, 256, 256), uint8
-                    embeds.append(self.clip.embed_image(batch))
-                    if self.inception is not None:
-                        features.append(self.inception(batch))
-        return Photos(torch.cat([part.to(self.clip.device) for part in embeds]),
-                      torch.cat(features) if features else None, rows)
-
-
-@dataclass
-class Photos:
-    """Picture files, embedded."""
-
-    embed: torch.Tensor             # (M, D), by CLIP
-    features: torch.Tensor | None   # (M, F), by Inception
-    rows: list                      # (M,) of the files: which ones could be read
-
-
-def load_judge(args, pipeline, notes, device):
-    keys = "clip_model", "clip_pretrained", "fingerprint"
-    condition = {key: pipeline.header["clip"][key] for key in keys}
-    clip, told = pipeline.clip, condition
-    if args.judge_clip_pretrained:
-        model = args.judge_clip_model or condition["clip_model"]
-        try:
-            clip = load_clip(model, args.judge_clip_pretrained, device)
-        except UserError as error:
-            raise UserError(str(error).replace("--clip_", "--judge_clip_", 1)) from error
-        told = dict(zip(keys, (model, args.judge_clip_pretrained, compute_fingerprint(clip))))
-    same = told["fingerprint"] == condition["fingerprint"]
-    if same:
-        notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
-                   "them: name another by --judge_clip_model and --judge_clip_pretrained")
-    inception = None
-    if args.fid and not args.sweep:
-        try:
-            inception = metrics.load_inception(args.inception_weights, device)
-        except UserError as error:
-            if args.inception_weights:
-                raise
-            notes.warn(f"no FID and no KID: {error}")
-    return Judge(clip, {"judge": told, "condition": condition, "same": same}, inception)
-
-
-@dataclass
-class Captions:
-    """text_embed (P, D) of different captions; own (N,): the row of each picture's; others (N, K):
-    rows of those that R-precision sets against it."""
-
-    text_embed: torch.Tensor
-    own: torch.Tensor
-    others: torch.Tensor
-
-    def compare(self, image_embed, rows):
-        """CLIP score and R-precision of image_embed (n, D), pictures `rows` (n,) of the list."""
-        own, others = self.own[list(rows)], self.others[list(rows)]
-        return {"clip_score": (image_embed * self.text_embed[own]).sum(-1).mean().item(),
-                "r_precision": metrics.compute_r_precision(image_embed, self.text_embed, own,
-                                                           others)}
-
-    def compare_photos(self, photos):
-        """The same of the true photos of these captions, as a scale; None where none is there."""
-        rows = [row for row in photos.rows if row < len(self.own)]  # they come first
-        scores = self.compare(photos.embed[:len(rows)], rows) if rows else \
-            {"clip_score": None, "r_precision": None}
-        return {f"photo_{name}": score for name, score in scores.items()}
-
-
-def embed_captions(judge, jobs, num_images):
-    """Captions of the first num_images jobs, and of a few more where these are too few for
-    R-precision."""
-    pool, own, others = metrics.draw_other_captions(
-        [job["caption"] for job in jobs[:max(num_images, NUM_OTHER_CAPTIONS + 1)]],
-        NUM_OTHER_CAPTIONS)
-    text_embed = torch.cat([judge.clip.embed_text(judge.clip.tokenize(part))[0]
-                            for part in split(pool, EMBED_BATCH_SIZE)])
-    own, others = (rows[:num_images].to(text_embed.device) for rows in (own, others))
-    return Captions(text_embed, own, others)
-
-
-def embed_photos(judge, paths, split_name, notes):
-    """Photos of the files; a warning for those that cannot be read."""
-    photos = judge.embed_files(paths, f"{split_name} photos")
-    lost = f"--{split_name}_img_path: {len(paths) - len(photos.rows)} of {len(paths)} photos " \
-        "cannot be read"
-    if len(photos.rows) < 2:
-        raise UserError(f"{lost}; 2 are needed")
-    if len(photos.rows) < len(paths):
-        notes.warn(f"{lost} and are left out")
-    return photos
-
-
-def embed_train(args, judge, notes):
-    """(T, D) of the train photos, from their store where one is named."""
-    if not args.store_dir:
-        records = load_captions(args.train_annot_path, args.train_img_path, "train")
-        return embed_photos(Judge(judge.clip, judge.told, None), [r.path for r in records],
-                            "train", notes).embed
-    store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
-                          clip=lambda: judge.clip,
-                          fingerprint=judge.told["judge"]["fingerprint"])
-    return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
+# scoring
 
 
 def score_folder(judge, jobs, folder, settings, captions, photos):
@@ -439,25 +308,9 @@ def tell_steps(settings):
     return str(steps[0]) if len(set(steps)) == 1 else "+".join(map(str, steps))
 
 
-def split(items, size):
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
-
-def load_or_none(path):
-    try:
-        return load_image(path)
-    except (OSError, ValueError):
-        return None
-
-
 def describe_device(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" \
         else f"CPU, {torch.get_num_threads()} threads"
-
-
-def show(total, told, done=0):
-    return tqdm(total=total, initial=done, desc=told, unit=" pictures",
-                mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 if __name__ == "__main__":

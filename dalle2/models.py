@@ -77,6 +77,15 @@ def init_unet(unet, is_first, image_embed_dim):
                 layer[0].weight.mul_(image_embed_dim ** 0.5)
 
 
+def list_blocks(network):
+    """The parts of a prior or U-Net that are called as a whole: most of its weights. The attention
+    of the prior's layers is not among them, its parts are called one by one."""
+    if isinstance(network, library.DiffusionPriorNetwork):
+        return [feed_forward for _, feed_forward in network.causal_transformer.layers]
+    kinds = library.ResnetBlock, library.RearrangeToSequence, library.PixelShuffleUpsample
+    return [part for part in network.modules() if isinstance(part, kinds)]
+
+
 def build_stock_prior(network, config, embed_dim):
     """dalle2_pytorch's DiffusionPrior around a network of `build_prior`, made stock again."""
     return library.DiffusionPrior(restore_modules(network), image_embed_dim=embed_dim,

@@ -11,29 +11,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dalle2.fast_modules import library
 
-UNITS = library.ResnetBlock, library.RearrangeToSequence, library.PixelShuffleUpsample
-
-
-def shard(module, device):
-    """Shares the parameters of a prior or U-Net on `device` out among all processes, in place. A
-    block is gathered when it is computed, the rest when the network is."""
+def shard(module, blocks, device):
+    """Shares the parameters of `module` on `device` out among all processes, in place. `blocks`,
+    parts of it that are called as a whole, are gathered when they are computed, the rest when the
+    module is."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    options = dict(mesh=mesh, reshard_after_forward=True)
-    for part in list_units(module):
-        fully_shard(part, **options)
-    fully_shard(module, **options)
-    if hasattr(module, "read_text"):
+    for part in (*blocks, module):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    if hasattr(module, "read_text"):  # the prior's other way in
         register_fsdp_forward_method(module, "read_text")
-
-
-def list_units(module):
-    """The blocks of `module` that are called as a whole: most of its weights. The attention of the
-    prior's layers is not, its parts are called one by one."""
-    if isinstance(module, library.DiffusionPriorNetwork):
-        return [feed_forward for _, feed_forward in module.causal_transformer.layers]
-    return [part for part in module.modules() if isinstance(part, UNITS)]
 
 
 def gather(tensor):

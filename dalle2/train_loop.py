@@ -48,6 +48,7 @@ def train(
     export,          # (state dict of the averaged weights, step, best): writes the exported file
     validate=None,   # (module, brief) -> {name: number} with "val_loss"; brief: only the losses
     sample=None,     # (averaged module) -> a picture for samples/, (3, H, W) in [0, 1], or None
+    list_blocks=lambda module: (),  # its blocks, with --fsdp gathered one by one
     log_with="tensorboard",  # "tensorboard", "wandb" or "none", beside metrics.jsonl
 ):
     """Trains until `train_config.num_steps`, going on from the newest checkpoint in `run_dir`.
@@ -71,8 +72,8 @@ def train(
         if c.compile:
             module.compile()
         if is_shared:
-            shard(module, device)
-            shard(ema.module, device)
+            for network in (module, ema.module):
+                shard(network, list_blocks(network), device)
         model = accelerator.prepare_model(module, evaluation_mode=is_shared)  # then not DDP's
         optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(module, c)]
         module = accelerator.unwrap_model(model)
@@ -147,6 +148,7 @@ def train(
             if c.save_minutes:
                 minutes = (time.monotonic() - saved_at) / 60
                 saves |= holds_anywhere(minutes > c.save_minutes, accelerator)
+            saved_at = time.monotonic() if saves else saved_at
             if not (is_main or is_shared):
                 continue
             if validates:
@@ -162,7 +164,6 @@ def train(
                 progress.set_postfix({name: f"{value:.4f}" for name, value in rows[-1].items()
                                       if name in SHOWN})
             if saves:
-                saved_at = time.monotonic()
                 write_checkpoint(done, must=ends)
                 write_export(done)
                 if is_main:

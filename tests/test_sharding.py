@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from dalle2.config import PRESETS
-from dalle2.models import build_prior, build_unet
-from dalle2.sharding import gather_state, list_units, load_module, shard
+from dalle2.models import build_prior, build_unet, list_blocks
+from dalle2.sharding import gather_state, load_module, shard
 
 TOY = PRESETS["toy"]
 BUILD = {"prior": lambda preset: build_prior(preset.prior, 768),
@@ -20,7 +20,7 @@ BUILD = {"prior": lambda preset: build_prior(preset.prior, 768),
 def test_most_weights_are_gathered_block_by_block(name):
     with torch.device("meta"):
         network = BUILD[name](PRESETS["base"])
-    sizes = [count(unit.parameters()) for unit in list_units(network)]
+    sizes = [count(block.parameters()) for block in list_blocks(network)]
     assert sum(sizes) > (0.75 if name == "prior" else 0.95) * count(network.parameters())
     assert max(sizes) < 0.15 * count(network.parameters())
 
@@ -38,7 +38,7 @@ def check_share(rank, name, meet):
         network = BUILD[name](TOY)
         whole, held = network.state_dict(), count(network.parameters())
         whole = {key: value.clone() for key, value in whole.items()}
-        shard(network, torch.device("cpu"))
+        shard(network, list_blocks(network), torch.device("cpu"))
         share = count(param.to_local() for param in network.parameters()) / held
         assert 0.47 < share < 0.53
         gathered = gather_state(network.state_dict())

@@ -1,0 +1,79 @@
+"""What a process keeps between two steps, with the whole network and with its share (--fsdp): GiB
+of weights, average and optimizer state, as the system counts them, for the prior of a preset.
+
+    python benchmarks/fsdp_memory.py --preset base --processes 2
+"""
+
+import argparse
+import ctypes
+import gc
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.multiprocessing import spawn  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.optim.swa_utils import AveragedModel  # noqa: E402
+
+from dalle2.config import PRESETS  # noqa: E402
+from dalle2.models import build_prior, list_blocks  # noqa: E402
+from dalle2.optimizer import build_optimizers  # noqa: E402
+from dalle2.sharding import shard  # noqa: E402
+from dalle2.train_loop import build_ema_function  # noqa: E402
+
+EMBED_DIM, BATCH_SIZE = 768, 2
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", default="base", choices=list(PRESETS))
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    print("| way | process | GiB |\n|---|---|---|", flush=True)
+    for is_shared in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            spawn(train_twice, (args, is_shared, f"file://{folder}/meet"), nprocs=args.processes)
+
+
+def train_twice(rank, args, is_shared, meet):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=args.processes)
+    before, config = read_memory(), PRESETS[args.preset].prior
+    module = build_prior(config, EMBED_DIM)
+    average = AveragedModel(module, multi_avg_fn=build_ema_function(config.train.ema_decay))
+    if is_shared:
+        for network in (module, average.module):
+            shard(network, list_blocks(network), torch.device("cpu"))
+    model = module if is_shared else DistributedDataParallel(module)
+    optimizers = build_optimizers(module, config.train)
+    image_embed = torch.randn(BATCH_SIZE, EMBED_DIM)
+    text = dict(text_embed=image_embed, text_cond_drop_prob=torch.zeros(BATCH_SIZE),
+                text_encodings=torch.randn(BATCH_SIZE, config.max_text_len, EMBED_DIM))
+    for _ in range(2):
+        model(image_embed, torch.zeros(BATCH_SIZE).long(), **text).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update_parameters(module)
+    gc.collect()
+    print(f"| {'shared out' if is_shared else 'whole'} | {rank} | {read_memory() - before:.2f} |",
+          flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def read_memory():
+    """Resident GiB of this process, after what malloc holds back has been returned."""
+    ctypes.CDLL(None).malloc_trim(0)
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 2 ** 20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What looks at pictures and captions to score them: CLIP and, where it can be had, Inception."""
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dalle2 import metrics
+from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
+from dalle2.config import UserError
+from dalle2.data import load_captions, load_image
+from dalle2.prepare import prepare_store
+
+NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 99, 64
+
+
+@dataclass
+class Judge:
+    """What looks at pictures: a CLIP and, where it can be had, the Inception-v3 of FID."""
+
+    clip: FrozenClip
+    told: dict              # which CLIP this is, which one conditions the pictures, if both are one
+    inception: Callable | None
+
+    def embed_files(self, paths, told):
+        """Photos of those of the picture files that can be read, each through load_image."""
+        rows, embeds, features = [], [torch.zeros(0, self.clip.embed_dim)], []
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
+                tqdm(total=len(paths), desc=f"embedding {told}", unit=" pictures",
+                     mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+            for part in split(range(len(paths)), EMBED_BATCH_SIZE):
+                images = dict(zip(part, pool.map(load_or_none, [paths[row] for row in part])))
+                images = {row: image for row, image in images.items() if image is not None}
+                bar.update(len(part))
+                if images:
+                    rows += images
+                    batch = torch.stack(list(images.values()))        # (B, 3, 256, 256), uint8
+                    embeds.append(self.clip.embed_image(batch))
+                    if self.inception is not None:
+                        features.append(self.inception(batch))
+        return Photos(torch.cat([part.to(self.clip.device) for part in embeds]),
+                      torch.cat(features) if features else None, rows)
+
+
+@dataclass
+class Photos:
+    """Picture files, embedded."""
+
+    embed: torch.Tensor             # (M, D), by CLIP
+    features: torch.Tensor | None   # (M, F), by Inception
+    rows: list                      # (M,) of the files: which ones could be read
+
+
+def load_judge(args, pipeline, notes, device):
+    keys = "clip_model", "clip_pretrained", "fingerprint"
+    condition = {key: pipeline.header["clip"][key] for key in keys}
+    clip, told = pipeline.clip, condition
+    if args.judge_clip_pretrained:
+        model = args.judge_clip_model or condition["clip_model"]
+        try:
+            clip = load_clip(model, args.judge_clip_pretrained, device)
+        except UserError as error:
+            raise UserError(str(error).replace("--clip_", "--judge_clip_", 1)) from error
+        told = dict(zip(keys, (model, args.judge_clip_pretrained, compute_fingerprint(clip))))
+    same = told["fingerprint"] == condition["fingerprint"]
+    if same:
+        notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
+                   "them: name another by --judge_clip_model and --judge_clip_pretrained")
+    inception = None
+    if args.fid and not args.sweep:
+        try:
+            inception = metrics.load_inception(args.inception_weights, device)
+        except UserError as error:
+            if args.inception_weights:
+                raise
+            notes.warn(f"no FID and no KID: {error}")
+    return Judge(clip, {"judge": told, "condition": condition, "same": same}, inception)
+
+
+@dataclass
+class Captions:
+    """text_embed (P, D) of different captions; own (N,): the row of each picture's; others (N, K):
+    rows of those that R-precision sets against it."""
+
+    text_embed: torch.Tensor
+    own: torch.Tensor
+    others: torch.Tensor
+
+    def compare(self, image_embed, rows):
+        """CLIP score and R-precision of image_embed (n, D), pictures `rows` (n,) of the list."""
+        own, others = self.own[list(rows)], self.others[list(rows)]
+        return {"clip_score": (image_embed * self.text_embed[own]).sum(-1).mean().item(),
+                "r_precision": metrics.compute_r_precision(image_embed, self.text_embed, own,
+                                                           others)}
+
+    def compare_photos(self, photos):
+        """The same of the true photos of these captions, as a scale; None where none is there."""
+        rows = [row for row in photos.rows if row < len(self.own)]  # they come first
+        scores = self.compare(photos.embed[:len(rows)], rows) if rows else \
+            {"clip_score": None, "r_precision": None}
+        return {f"photo_{name}": score for name, score in scores.items()}
+
+
+def embed_captions(judge, jobs, num_images):
+    """Captions of the first num_images jobs, and of a few more where these are too few for
+    R-precision."""
+    pool, own, others = metrics.draw_other_captions(
+        [job["caption"] for job in jobs[:max(num_images, NUM_OTHER_CAPTIONS + 1)]],
+        NUM_OTHER_CAPTIONS)
+    text_embed = torch.cat([judge.clip.embed_text(judge.clip.tokenize(part))[0]
+                            for part in split(pool, EMBED_BATCH_SIZE)])
+    own, others = (rows[:num_images].to(text_embed.device) for rows in (own, others))
+    return Captions(text_embed, own, others)
+
+
+def embed_photos(judge, paths, split_name, notes):
+    """Photos of the files; a warning for those that cannot be read."""
+    photos = judge.embed_files(paths, f"{split_name} photos")
+    lost = f"--{split_name}_img_path: {len(paths) - len(photos.rows)} of {len(paths)} photos " \
+        "cannot be read"
+    if len(photos.rows) < 2:
+        raise UserError(f"{lost}; 2 are needed")
+    if len(photos.rows) < len(paths):
+        notes.warn(f"{lost} and are left out")
+    return photos
+
+
+def embed_train(args, judge, notes):
+    """(T, D) of the train photos, from their store where one is named."""
+    if not args.store_dir:
+        records = load_captions(args.train_annot_path, args.train_img_path, "train")
+        return embed_photos(Judge(judge.clip, judge.told, None), [r.path for r in records],
+                            "train", notes).embed
+    store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
+                          clip=lambda: judge.clip,
+                          fingerprint=judge.told["judge"]["fingerprint"])
+    return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------
+# small things
+
+
+def split(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def load_or_none(path):
+    try:
+        return load_image(path)
+    except (OSError, ValueError):
+        return None
