@@ -68,6 +68,29 @@ def let_dropout_be_drawn():
         else draw(shape, prob, device)
 
 
+def use_doubles():
+    """Networks in fp64, called and answering in fp32. The library's norms have another epsilon
+    wherever the precision is not fp32."""
+    swap = models.swap_modules
+
+    def widen(value):
+        return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+    def widen_all(module, args, kwargs):
+        return tuple(map(widen, args)), {name: widen(value) for name, value in kwargs.items()}
+
+    def build(network):
+        network = swap(network).double()
+        for module in network.modules():
+            if hasattr(module, "fp16_eps"):
+                module.fp16_eps = module.eps
+            if module is network or isinstance(module, library.SinusoidalPosEmb):
+                module.register_forward_pre_hook(widen_all, with_kwargs=True)
+        network.register_forward_hook(lambda network, args, output: output.float())
+        return network
+    models.swap_modules = build
+
+
 def use_adamw():
     toy = PRESETS["toy"]
 
@@ -85,6 +108,8 @@ def main():
     parser.add_argument("--num_steps", type=int, default=200)
     parser.add_argument("--adamw", action="store_true", help="AdamW at 1e-4 in place of Muon, "
                         "which makes much of a rounding error")
+    parser.add_argument("--double", action="store_true", help="networks in fp64: tells rounding "
+                        "from another function")
     parser.add_argument("--networks", nargs="+", default=list(RUNS), choices=RUNS)
     args = parser.parse_args()
     if args.adamw:
@@ -93,6 +118,8 @@ def main():
     for way in WAYS:
         if way != "ours":
             use_stock_modules(way)
+        if args.double:
+            use_doubles()
         for name in args.networks:
             script, *flags = RUNS[name]
             sys.argv = [script, *flags, "--preset", "toy", "--num_steps", str(args.num_steps),
