@@ -28,10 +28,13 @@ def gather(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_state(state):
-    """`state`, nested dicts and lists, with what is shared out gathered on the CPU."""
-    return recursively_apply(lambda tensor: gather(tensor).cpu(), state,
-                             test_type=lambda value: isinstance(value, DTensor))
+def gather_state(state, keep=True):
+    """`state`, nested dicts and lists, with what is shared out gathered on the CPU, one tensor at a
+    time; a process that does not `keep` it has None in their place."""
+    def collect(tensor):
+        whole = gather(tensor)
+        return whole.cpu() if keep else None
+    return recursively_apply(collect, state, test_type=lambda value: isinstance(value, DTensor))
 
 
 def scatter_like(tensor, like):

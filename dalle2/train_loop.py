@@ -56,8 +56,8 @@ def train(
     SIGTERM and SIGINT save, then exit with 128 + the signal's number. Raises UserError where the
     run cannot go on, with the last good checkpoint kept.
     """
-    c, run_dir, device = train_config, Path(run_dir), accelerator.device
-    is_main, is_shared = accelerator.is_main_process, c.fsdp and accelerator.num_processes > 1
+    c, run_dir, is_main = train_config, Path(run_dir), accelerator.is_main_process
+    export = export if is_main else do_nothing
     count_rows(c, accelerator.num_processes)  # a batch that does not divide is told before anything
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -65,53 +65,21 @@ def train(
                 f"--output_dir: {run_dir} is in use by another process")))
         stop = stack.enter_context(catch_signals())
         stack.enter_context(explain_memory(c))
-
-        # ---- model, average, optimizer
-        module = module.to(device)
-        ema = AveragedModel(module, multi_avg_fn=build_ema_function(c.ema_decay))
-        if c.compile:
-            module.compile()
-        if is_shared:
-            for network in (module, ema.module):
-                shard(network, list_blocks(network), device)
-        model = accelerator.prepare_model(module, evaluation_mode=is_shared)  # then not DDP's
-        optimizers = [accelerator.prepare(optimizer) for optimizer in build_optimizers(module, c)]
-        module = accelerator.unwrap_model(model)
+        trained = Trained(module, c, accelerator, list_blocks)
 
         # ---- resume
         start, best = 0, {"step": 0, "val_loss": math.inf}
         state = load_newest_checkpoint(run_dir / "checkpoints")
         if state is not None:
             check_same_run(state["header"], header, run_dir)
-            load_module(module, state["module"])
-            load_module(ema, state["ema"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                load_optimizer(optimizer, saved)
-            if accelerator.scaler is not None and state["scaler"]:
-                accelerator.scaler.load_state_dict(state["scaler"])
+            trained.load_state(state)
             start, best = state["step"], state["best"]
             del state
 
-        def write_export(step, best=False):
-            weights = gather_state(ema.module.state_dict())
-            if is_main:
-                export(weights, step, best=best)
-
-        def write_checkpoint(step, must):
-            state = gather_state({
-                "step": step, "header": header, "best": best, "module": module.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}})
-            if is_main:
-                save_checkpoint(run_dir / "checkpoints", state, must=must)
-
         if start >= c.num_steps:
             accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
-            return write_export(start)
-        accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {accelerator.num_processes}"
-                          f" x {device.type}, {'weights shared out, ' if is_shared else ''}"
-                          f"precision {accelerator.mixed_precision}")
+            return export(trained.collect_average(), start, best=False)
+        accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {trained}")
         if is_main:
             replace_file(run_dir / "config.json",
                          lambda part: part.write_text(json.dumps(header, indent=2)))
@@ -127,11 +95,11 @@ def train(
         for step in range(start, c.num_steps):
             if stopped:
                 break
-            model.train()
+            trained.model.train()
             lr_factor = compute_lr_factor(c, step)
-            loss = compute_gradients(model, accelerator, c, step, draw_batch, compute_loss)
-            grad_norm = update_weights(model, optimizers, accelerator, c, lr_factor)
-            ema.update_parameters(module)
+            loss = compute_gradients(trained.model, accelerator, c, step, draw_batch, compute_loss)
+            grad_norm = update_weights(trained.model, trained.optimizers, accelerator, c, lr_factor)
+            trained.average.update_parameters(trained.module)
             pending.append((step + 1, c.lr * lr_factor, loss, grad_norm))
             progress.update()
 
@@ -149,26 +117,28 @@ def train(
                 minutes = (time.monotonic() - saved_at) / 60
                 saves |= holds_anywhere(minutes > c.save_minutes, accelerator)
             saved_at = time.monotonic() if saves else saved_at
-            if not (is_main or is_shared):
+            if not (is_main or trained.is_shared):
                 continue
             if validates:
-                row = run_validation(validate, module, ema)
-                if is_shared:
+                row = run_validation(validate, trained.module, trained.average)
+                if trained.is_shared:
                     (row,) = broadcast_object_list([row])  # one answer to whether it is the best
                 rows[-1].update(row)
                 if row["val_loss"] < best["val_loss"]:
                     best = {"step": done, "val_loss": row["val_loss"]}
-                    write_export(done, best=True)
+                    export(trained.collect_average(), done, best=True)
             if is_main:
                 log.write(rows)
                 progress.set_postfix({name: f"{value:.4f}" for name, value in rows[-1].items()
                                       if name in SHOWN})
             if saves:
-                write_checkpoint(done, must=ends)
-                write_export(done)
+                state = {"step": done, "header": header, "best": best, **trained.collect_state()}
                 if is_main:
+                    save_checkpoint(run_dir / "checkpoints", state, must=ends)
                     save_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-                picture = sample(ema.module) if sample and not stopped else None
+                del state
+                export(trained.collect_average(), done, best=False)
+                picture = sample(trained.average.module) if sample and not stopped else None
                 if is_main and picture is not None:
                     save_jpeg(picture, run_dir / "samples" / f"step_{done:08d}.jpg")
             pending_since = time.monotonic()
@@ -180,6 +150,56 @@ def train(
 
 # ----------------------------------------------------------------------------------------------
 # its parts
+
+
+class Trained:
+    """A network with the average of its weights and its optimizers, on the device, whole or shared
+    out among the processes. `model` is what computes gradients, `module` the network itself."""
+
+    def __init__(self, module, config, accelerator, list_blocks):
+        self.accelerator = accelerator
+        self.is_shared = config.fsdp and accelerator.num_processes > 1
+        module = module.to(accelerator.device)
+        self.average = AveragedModel(module, multi_avg_fn=build_ema_function(config.ema_decay))
+        if config.compile:
+            module.compile()
+        if self.is_shared:
+            for network in (module, self.average.module):
+                shard(network, list_blocks(network), accelerator.device)
+        # evaluation_mode: without DDP, which FSDP stands in for
+        self.model = accelerator.prepare_model(module, evaluation_mode=self.is_shared)
+        self.optimizers = [accelerator.prepare(o) for o in build_optimizers(module, config)]
+        self.module = accelerator.unwrap_model(self.model)
+
+    def __str__(self):
+        way = "weights shared out, " if self.is_shared else ""
+        return (f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {way}"
+                f"precision {self.accelerator.mixed_precision}")
+
+    def collect_state(self):
+        """What a checkpoint holds of it, whole, in the first process. Every process has to call
+        this and the next method where the network is shared out."""
+        scaler = self.accelerator.scaler
+        return gather_state({
+            "module": self.module.state_dict(), "ema": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": scaler.state_dict() if scaler else {}}, self.accelerator.is_main_process)
+
+    def collect_average(self):
+        """The averaged weights by name, whole, in the first process."""
+        return gather_state(self.average.module.state_dict(), self.accelerator.is_main_process)
+
+    def load_state(self, state):
+        load_module(self.module, state["module"])
+        load_module(self.average, state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            load_optimizer(optimizer, saved)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def do_nothing(*args, **kwargs):
+    pass
 
 
 def compute_gradients(model, accelerator, config, step, draw_batch, compute_loss):
@@ -291,10 +311,10 @@ def count_bad_steps(rows, before, run_dir):
     return before
 
 
-def run_validation(validate, module, ema):
+def run_validation(validate, module, average):
     """Metrics of the averaged weights, and the losses of the raw ones with "_raw" at the end."""
-    ema.eval()
-    row = validate(ema.module, brief=False)
+    average.eval()
+    row = validate(average.module, brief=False)
     module.eval()
     return row | {f"{name}_raw": value for name, value in validate(module, brief=True).items()}
 

@@ -3,6 +3,7 @@
 #                      environment that has the packages, or else .venv
 #   PYTHON=python3.12  the interpreter that a new environment is made with
 # `need FILE...` installs requirements files, once each; it runs again when a file changes.
+set -eu
 
 if [ -z "${VENV:-}" ]; then
     VENV=.venv

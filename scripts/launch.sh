@@ -1,6 +1,7 @@
 # Sourced by train_prior.sh and train_decoder.sh. Replaces the shell by a training script on
 # whatever is there: the CPU or one GPU directly, several GPUs with `accelerate launch`. LAUNCH_ARGS
 # holds arguments of `accelerate launch` for anything else (several machines).
+set -eu
 
 launch() {
     gpus=0
