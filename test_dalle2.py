@@ -63,7 +63,7 @@ def main():
     jobs = list_jobs(args)
     pipeline = load_pipeline(args, cli.pick_device())
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
-    state, output_dir = PartialState(), Path(args.output_dir)
+    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
     settings = describe_settings(args, pipeline, [prior_steps, *unet_steps])
     entries = render_jobs(
         pipeline, jobs, output_dir, settings, batch_size=args.batch_size,

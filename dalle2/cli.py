@@ -152,7 +152,8 @@ def build_accelerator(mixed_precision):
             else "no"
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
-    accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False,
+                              cpu=not torch.cuda.is_available())
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed are not used here; --fsdp "
                         "shares the network out among the processes of any other launch")

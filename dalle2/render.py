@@ -39,7 +39,7 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
     and Pipeline.sample_images. Returns a list of {"file", "caption", "image_id", "seed",
     "clip_score"} in the order of `jobs`.
     """
-    state, output_dir = PartialState(), Path(output_dir)
+    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     stems = make_unique_stems([job["caption"] for job in jobs])

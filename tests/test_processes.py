@@ -26,7 +26,7 @@ def start(name, folder, data_flags, clip_path, *flags, processes=1):
         [sys.executable, *launch, *RUNS[name], "--preset", "toy", "--output_dir", folder,
          "--log_with", "none", *data_flags, *clip, *flags], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
