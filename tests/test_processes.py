@@ -1,14 +1,15 @@
 """Training in processes of their own: killed and continued, and shared by two."""
 
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -25,18 +26,28 @@ def start(name, folder, data_flags, clip_path, *flags, processes=1):
     return subprocess.Popen(
         [sys.executable, *launch, *RUNS[name], "--preset", "toy", "--output_dir", folder,
          "--log_with", "none", *data_flags, *clip, *flags], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finish(process):
     try:
         out = process.communicate(timeout=240)[0]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise
     assert process.returncode == 0, out[-3000:]
     return out
+
+
+def kill(process):
+    """SIGKILL to it and all that it started: what torchrun starts is in sessions of its own."""
+    family = [process]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family += psutil.Process(process.pid).children(recursive=True)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
 
 
 def read_metrics(folder):
@@ -53,14 +64,17 @@ def assert_same_weights(one, other):
         assert one[name].equal(other[name]), name
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name, processes", [*((name, 1) for name in RUNS), ("prior", 2)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
-        name, tmp_path, data_flags, clip_path):
+        name, processes, tmp_path, data_flags, clip_path):
     flags = ["--num_steps", "12", "--batch_size", "4", "--save_every", "2", "--validate_every", "6"]
-    finish(start(name, tmp_path / "whole", data_flags, clip_path, *flags))
+
+    def begin(folder):
+        return start(name, tmp_path / folder, data_flags, clip_path, *flags, processes=processes)
+    finish(begin("whole"))
     moments, kills = random.Random(name), 0
     for _ in range(5):
-        process = start(name, tmp_path / "killed", data_flags, clip_path, *flags)
+        process = begin("killed")
         deadline = time.time() + 60
         before = set((tmp_path / "killed").rglob("step_*.pt"))
         while not set((tmp_path / "killed").rglob("step_*.pt")) - before \
@@ -68,10 +82,9 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.2))
         kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
     assert kills
-    finish(start(name, tmp_path / "killed", data_flags, clip_path, *flags))
+    finish(begin("killed"))
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "killed")
     assert [row["step"] for row in killed] == list(range(1, 13))
@@ -115,8 +128,7 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path, data_flags, clip_path):
                     processes=2)
     while not list((tmp_path / "parts").rglob("step_00000003.pt")) and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     finish(start("prior", tmp_path / "parts", data_flags, clip_path, "--num_steps", "6", *flags))
     whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
     assert [row["step"] for row in parts] == list(range(1, 7))
