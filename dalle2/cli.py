@@ -53,7 +53,7 @@ def add_clip_flags(parser):
                       "train_clip.py wrote brings its architecture along)")
 
 
-def add_train_flags(parser, output_dir, fsdp=True):
+def add_train_flags(parser, output_dir, split=True):
     train = parser.add_argument_group("training (None: what the preset says)")
     train.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
     train.add_argument("--preset", default="base", choices=list(PRESETS),
@@ -61,20 +61,27 @@ def add_train_flags(parser, output_dir, fsdp=True):
     train.add_argument("--num_steps", type=int, help="optimizer updates")
     train.add_argument("--batch_size", type=int, help="of all processes together")
     train.add_argument("--lr", type=float, help="peak learning rate")
-    train.add_argument("--gradient_accumulation_steps", type=int,
-                       help="parts that a batch is computed in; more need less memory")
+    if split:
+        train.add_argument("--device_batch_size", type=int,
+                           help="rows that a device computes at a time (None: the preset's, 0: "
+                           "all of its share); halved by itself where memory runs out")
     train.add_argument("--seed", type=int, help="of noise, crops, captions and data order")
     train.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"],
                        help="auto: bf16 on a GPU that has it, else none")
+    train.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
+                       help="convolutions with channels innermost: try it on a GPU")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="the network by torch.compile, after a minute or two at the start")
-    if fsdp:
+    if split:
         train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=None,
                            help="share weights, average and optimizer out among the processes, for "
                            "a network that one GPU does not hold")
     train.add_argument("--save_every", type=int, help="steps between checkpoints")
     train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
     train.add_argument("--validate_every", type=int, help="steps between validations")
+    if split:
+        train.add_argument("--snapshot_every", type=int, help="steps between snapshots of two "
+                           "averages of the weights, for dalle2.choose; 0: none")
     train.add_argument("--log_with", choices=["tensorboard", "wandb", "none"],
                        default="tensorboard", help="beside metrics.jsonl and curves.png")
     train.add_argument("--dry_run", action="store_true",
@@ -84,8 +91,9 @@ def add_train_flags(parser, output_dir, fsdp=True):
 def override_train(config, args):
     """`config` (with a field `train`), validated, with the training flags that were given."""
     given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
-                                      "gradient_accumulation_steps", "compile", "fsdp",
-                                      "save_every", "save_minutes", "validate_every")
+                                      "device_batch_size", "channels_last", "compile", "fsdp",
+                                      "save_every", "save_minutes", "validate_every",
+                                      "snapshot_every")
              if (value := getattr(args, name, None)) is not None}
     return validate_config(replace(config, train=replace(config.train, **given)))
 
@@ -115,6 +123,11 @@ def open_stores(args, clip_source=None, **options):
         val = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
                             max_images=args.num_val_images, **options)
     return train, val
+
+
+def describe_data(store):
+    """What a run is trained on, to compare on resuming: its captions file and how many pictures."""
+    return {"annotations": store.source["annotations"][:16], "num_images": len(store)}
 
 
 class ClipSource:
@@ -152,6 +165,7 @@ def build_accelerator(mixed_precision):
             else "no"
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        torch.backends.cudnn.benchmark = True  # the fastest convolution of each shape
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False,
                               cpu=not torch.cuda.is_available())
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

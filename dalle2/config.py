@@ -25,16 +25,21 @@ class TrainConfig:
     warmup_steps: int = 1000         # steps of linear warm-up
     weight_decay: float = 0.0        # on parameters with two or more dimensions
     adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
     max_grad_norm: float = 1.0       # gradients are clipped to this global norm
     ema_decay: float = 0.9999        # of the exported weights; warmed up over the first steps
-    gradient_accumulation_steps: int = 1   # parts that a process computes its batch in
+    device_batch_size: int = 0       # rows that a device computes at a time, 0: all of its share;
+                                     # halved where memory runs out, which changes no result
     seed: int = 0                    # noise, timesteps, crops, captions and order follow from it
     mixed_precision: str = "auto"    # "no", "bf16", "fp16"; "auto": bf16 where CUDA has it
+    channels_last: bool = False      # convolution weights and feature maps with channels innermost
     compile: bool = False            # the network by torch.compile; on a CPU it does not pay
     fsdp: bool = False               # weights and optimizer shared out among the processes (FSDP2)
     save_every: int = 2500           # steps between checkpoints and exports
     save_minutes: float = 0.0        # and minutes between them; 0: steps alone
     validate_every: int = 2500       # steps between validations
+    snapshot_every: int = 0          # steps between snapshots of two long averages of the weights,
+                                     # to choose from afterwards (dalle2.choose); 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,8 @@ class UnetConfig:
     beta_schedule: str = "cosine"
     min_snr_gamma: float = 5.0       # loss weight, Hang et al. 2023; 0 is none
     image_cond_drop_prob: float = 0.1   # first stage
+    gradient_checkpointing: bool = False   # computes blocks again in the backward pass: a fraction
+                                     # of the memory for about a third more time
     crop_size: int = 0               # later stages: side of the training crops; 0 is the whole
     lowres_noise_max_level: int = 400   # later stages: conditioning noise, of 1000, in training
     lowres_noise_level: int = 100       # and when sampling (Saharia et al. 2022, sec. 2.4)
@@ -158,27 +165,31 @@ PRESETS = {
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=6, heads=12, max_text_len=32,
                           train=TrainConfig(num_steps=100_000, batch_size=256, lr=1.1e-4,
-                                            weight_decay=6e-2, gradient_accumulation_steps=4)),
+                                            weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
+                                            snapshot_every=10_000)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=96, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=200_000, batch_size=128, lr=1.2e-4,
-                                         gradient_accumulation_steps=2)),
+                                         snapshot_every=20_000)),
             UnetConfig(image_size=256, dim=32, dim_mults=(1, 2, 4, 8), crop_size=64,
-                       train=TrainConfig(num_steps=100_000, batch_size=128, lr=1.2e-4))))),
+                       train=TrainConfig(num_steps=100_000, batch_size=128, lr=1.2e-4,
+                                         snapshot_every=10_000))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32,
                           train=TrainConfig(num_steps=150_000, batch_size=1024, lr=1.1e-4,
-                                            weight_decay=6e-2, gradient_accumulation_steps=8)),
+                                            weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
+                                            snapshot_every=15_000)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=128, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4,
-                                         gradient_accumulation_steps=2)),
+                                         snapshot_every=30_000)),
             UnetConfig(image_size=256, dim=64, dim_mults=(1, 2, 4, 8), crop_size=64,
-                       train=TrainConfig(num_steps=150_000, batch_size=512, lr=1.2e-4))))),
+                       train=TrainConfig(num_steps=150_000, batch_size=512, lr=1.2e-4,
+                                         snapshot_every=15_000))))),
     # the sizes of the older repositories, to compare with them
     "seed": Preset(
         clip=_BASE_CLIP,
@@ -199,7 +210,8 @@ PRESETS = {
 
 _CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
             "mixed_precision": ("auto", "no", "bf16", "fp16")}
-_MAY_BE_ZERO = {"muon_lr", "save_minutes", "weight_decay", "warmup_steps", "seed", "logit_scale",
+_MAY_BE_ZERO = {"muon_lr", "device_batch_size", "snapshot_every", "save_minutes", "weight_decay",
+                "warmup_steps", "seed", "logit_scale",
                 "init_conv_kernel_size", "min_snr_gamma", "num_resnet_blocks", "cond_dim",
                 "crop_size", "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}

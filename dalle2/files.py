@@ -29,9 +29,9 @@ def build_once(folder, source, build):
     folder = Path(folder)
     with hold_lock(folder.with_name(f".{folder.name}.lock"),
                    told=f"waiting for another process that makes {folder}"):
-        if _read_source(folder) != source:
+        if read_source(folder) != source:
             part = folder.with_name(folder.name + ".part")
-            if _read_source(part) != source:
+            if read_source(part) != source:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
                 replace_file(part / "source.json", lambda path: path.write_text(json.dumps(source)))
@@ -58,7 +58,8 @@ def hold_lock(path, wait=True, told=None):
         yield
 
 
-def _read_source(folder):
+def read_source(folder):
+    """What `build_once` made `folder` from; None where it did not."""
     path = folder / "source.json"
     return json.loads(path.read_text()) if path.is_file() else None
 

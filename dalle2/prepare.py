@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import UnidentifiedImageError
-from torchvision.io import encode_jpeg
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from dalle2.config import UserError
@@ -119,9 +119,14 @@ def _read_picture(record, image_format):
         return b"", "not a picture" if os.path.getsize(record.path) else "an empty file"
     except (OSError, ValueError) as error:
         return b"", str(error)
-    if image_format == "jpeg":
-        image = encode_jpeg(image, JPEG_QUALITY)
-    return image.numpy().tobytes(), ""
+    return encode_jpeg(image) if image_format == "jpeg" else image.numpy().tobytes(), ""
+
+
+def encode_jpeg(image):
+    """image (3, H, W) uint8 -> bytes of a JPEG file that `dalle2.data.cut_jpeg` can cut."""
+    content = io.BytesIO()
+    TF.to_pil_image(image).save(content, "JPEG", quality=JPEG_QUALITY, restart_marker_rows=1)
+    return content.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------

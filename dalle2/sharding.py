@@ -1,12 +1,12 @@
 """Networks whose weights, average, gradients and optimizer state are shared out among the processes
-(`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike.
+(`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike; and what processes tell each other.
 
 What is saved is gathered first, so that checkpoints and exports are those of any other run and a
-run may go on with or without it, on another number of processes.
+run may be resumed with or without it, on another number of processes.
 """
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import broadcast_object_list, recursively_apply
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,6 +35,27 @@ def gather_state(state, keep=True):
         whole = gather(tensor)
         return whole.cpu() if keep else None
     return recursively_apply(collect, state, test_type=lambda value: isinstance(value, DTensor))
+
+
+def broadcast_state(state, accelerator):
+    """The first process's `state`, nested dicts and lists with tensors on the CPU, in every
+    process; what the others pass is not read. One tensor at a time goes over the device."""
+    if accelerator.num_processes == 1:
+        return state
+    tensors = []
+
+    def describe(tensor):
+        tensors.append(tensor)
+        return tensor.to("meta")
+    (described,) = broadcast_object_list([recursively_apply(describe, state)])
+    tensors = iter(tensors)
+
+    def fetch(meta):
+        tensor = next(tensors).to(accelerator.device) if accelerator.is_main_process \
+            else torch.empty_like(meta, device=accelerator.device)
+        torch.distributed.broadcast(tensor, src=0)
+        return tensor.cpu()
+    return recursively_apply(fetch, described)
 
 
 def scatter_like(tensor, like):
