@@ -30,24 +30,26 @@ def parse_args():
                       "--init_from_true_embedding")
     what.add_argument("--prompt", action="append", help="render this; may be repeated")
     what.add_argument("--prompt_file", help="text file, a prompt a line")
-    what.add_argument("--num_images", type=int, default=50,
+    what.add_argument("--num_images", type=cli.at_least(1), default=50,
                       help="render the first so many captions of the COCO file, one a picture")
-    what.add_argument("--samples_per_prompt", type=int, default=1)
+    what.add_argument("--samples_per_prompt", type=cli.at_least(1), default=1)
     what.add_argument("--rerank", action="store_true",
                       help="keep the one of --samples_per_prompt with the best CLIP score")
     what.add_argument("--init_from_true_embedding", action="store_true",
                       help="feed the decoder the true photo's embedding, to see it without prior")
     how = parser.add_argument_group("how (None: what the checkpoints' configs say)")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--cond_scale", type=float, help="guidance of the decoder, 1 is none")
-    how.add_argument("--prior_cond_scale", type=float, help="guidance of the prior, 1 is none")
-    how.add_argument("--sample_timesteps", type=int, nargs="+",
+    how.add_argument("--cond_scale", type=cli.at_least(0.0),
+                     help="guidance of the decoder, 1 is none")
+    how.add_argument("--prior_cond_scale", type=cli.at_least(0.0),
+                     help="guidance of the prior, 1 is none")
+    how.add_argument("--sample_timesteps", type=cli.at_least(1), nargs="+",
                      help="sampling steps: one number, or the prior's and each stage's")
     how.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
     how.add_argument("--thresholding", choices=THRESHOLDS, default="static",
                      help="of the decoder's estimates: clamped, or scaled a picture (Saharia 2022)")
-    how.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a CPU, what "
-                     "fits on a GPU)")
+    how.add_argument("--batch_size", type=cli.at_least(1),
+                     help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
     where = parser.add_argument_group("where")
     where.add_argument("--output_dir", default="result", help="goes on with what is there")
     where.add_argument("--train_img_path", help="with --train_annot_path: the gallery shows the "
@@ -88,11 +90,6 @@ def main():
 
 
 def check_flags(args):
-    for name in ("num_images", "samples_per_prompt", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name}: {getattr(args, name)} must be at least 1")
-    if min(args.sample_timesteps or [1]) < 1:
-        raise UserError(f"--sample_timesteps: {min(args.sample_timesteps)} must be at least 1")
     if bool(args.train_img_path) != bool(args.train_annot_path):
         raise UserError("--train_img_path: needed with --train_annot_path, and the other way round")
 

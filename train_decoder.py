@@ -30,7 +30,7 @@ NUM_SAMPLES = 8  # pictures a row of the sample grids
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--unet_number", type=int, default=0,
+    parser.add_argument("--unet_number", type=cli.at_least(0), default=0,
                         help="train this stage alone, 1 is the first; 0: every stage in turn")
     parser.add_argument("--prior_ckpt", help="what train_prior.py exported: the sample pictures "
                         "then show its embeddings as well")

@@ -1,6 +1,7 @@
 """What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import replace
@@ -8,17 +9,39 @@ from dataclasses import replace
 from dalle2.config import PRESETS, UserError, config_to_dict, validate_config
 
 DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
+MAX_INT = 2 ** 63 - 1  # what torch takes as a seed
 
 
 class Parser(argparse.ArgumentParser):
-    """Names every flag with its default in --help; a bad flag is one line and exit code 2."""
+    """Names every flag with its default in --help; a bad flag is one line and exit code 2. A flag
+    of type int or float takes no nan, no infinity and nothing beyond 64 bits."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.register("type", int, at_least(-MAX_INT))
+        self.register("type", float, at_least(-math.inf))
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help names every flag)\n")
+
+
+def at_least(least):
+    """The `type=` of a flag that takes a finite number from `least` on: whole numbers if `least` is
+    one."""
+    kind, name = (int, "whole number") if isinstance(least, int) else (float, "number")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {name}") from None
+        if not abs(value) <= (MAX_INT if kind is int else sys.float_info.max):
+            raise argparse.ArgumentTypeError(f"{text} is not finite, or too large")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least:g}")
+        return value
+    return parse
 
 
 def run(main):
@@ -39,7 +62,7 @@ def add_data_flags(parser):
     data.add_argument("--val_img_path", default=f"{DATA_DIR}/val2014", help="picture folder")
     data.add_argument("--val_annot_path", help="COCO captions file; an empty string: no validation",
                       default=f"{DATA_DIR}/annotations/captions_val2014.json")
-    data.add_argument("--num_val_images", type=int, default=512,
+    data.add_argument("--num_val_images", type=at_least(1), default=512,
                       help="validate on the first so many pictures")
     data.add_argument("--store_dir", default=STORE_DIR,
                       help="where pictures and embeddings are kept, prepared once")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from dalle2.checkpoint import load_export, read_export_header
-from dalle2.config import ClipConfig, UserError, config_from_dict
+from dalle2.checkpoint import explain_damage, load_export, load_network, read_export_header
+from dalle2.config import ClipConfig, UserError, config_from_dict, validate_config
 
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -140,7 +140,7 @@ def load_clip(clip_model, clip_pretrained, device="cpu"):
     Raises UserError on an unknown name or tag, a missing file, weights that do not fit.
     """
     if os.path.isfile(clip_pretrained):
-        header = read_export_header(clip_pretrained, kind=None)
+        header = read_export_header(clip_pretrained, kind=None, flag="--clip_pretrained")
         if header is not None:
             return _load_own_clip(clip_pretrained, device)
     elif os.sep in clip_pretrained or clip_pretrained.endswith((".pt", ".safetensors", ".bin")):
@@ -168,9 +168,9 @@ def load_clip(clip_model, clip_pretrained, device="cpu"):
 
 def _load_own_clip(path, device):
     header, state = load_export(path, kind="clip", flag="--clip_pretrained")
-    config = config_from_dict(ClipConfig, header["config"])
-    model = build_clip(config)
-    model.load_state_dict(state)
+    with explain_damage(path, "--clip_pretrained"):
+        config = validate_config(config_from_dict(ClipConfig, header["config"]))
+        model = load_network(lambda: build_clip(config), state)
     return FrozenClip(model.to(device).requires_grad_(False),
                       build_tokenizer(config.context_length))
 

@@ -215,6 +215,9 @@ _MAY_BE_ZERO = {"muon_lr", "device_batch_size", "snapshot_every", "save_minutes"
                 "init_conv_kernel_size", "min_snr_gamma", "num_resnet_blocks", "cond_dim",
                 "crop_size", "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}
+_MOST = {"depth": 1000, "text_layers": 1000, "vision_layers": 1000, "num_resnet_blocks": 100,
+         "timesteps": 10 ** 6}
+_MOST_OF_ANY = 2 ** 63 - 1  # what a tensor's size or a seed can be
 
 
 def validate_config(config):
@@ -226,16 +229,28 @@ def validate_config(config):
         if dataclasses.is_dataclass(value):
             validate_config(value)
         elif isinstance(value, tuple):
-            for part in filter(dataclasses.is_dataclass, value):
-                validate_config(part)
+            for part in value:
+                if dataclasses.is_dataclass(part):
+                    validate_config(part)
+                else:
+                    _validate_number(name, part)
         elif name in _CHOICES and value not in _CHOICES[name]:
             raise UserError(f"--{name}: {value!r} is not one of {', '.join(_CHOICES[name])}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):
-                raise UserError(f"--{name}: {value} must be positive")
-            if name.endswith(("_prob", "_decay", "beta2")) and value >= 1:
-                raise UserError(f"--{name}: {value} must be below 1")
+        else:
+            _validate_number(name, value)
     return config
+
+
+def _validate_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    most = _MOST.get(name, _MOST_OF_ANY)
+    if not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):  # nan is neither
+        raise UserError(f"--{name}: {value!r:.20} must be positive")
+    if value > most:
+        raise UserError(f"--{name}: {value!r:.20} must be at most {most}")
+    if name.endswith(("_prob", "_decay", "beta2")) and value >= 1:
+        raise UserError(f"--{name}: {value} must be below 1")
 
 
 def config_to_dict(config):
@@ -245,8 +260,10 @@ def config_to_dict(config):
 def config_from_dict(kind, values):
     """The dataclass `kind` from what `config_to_dict` made, possibly by way of JSON.
 
-    Raises UserError on an unknown or a missing field.
+    Raises UserError on an unknown or a missing field and on a value of another type.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{kind.__name__}: {values!r:.40} is no object with fields")
     known = typing.get_type_hints(kind)
     unknown = set(values) - set(known)
     missing = {item.name for item in dataclasses.fields(kind)
@@ -254,12 +271,15 @@ def config_from_dict(kind, values):
     if unknown or missing:
         raise UserError(f"{kind.__name__}: unknown fields {sorted(unknown)}, "
                         f"missing fields {sorted(missing)}")
-    return kind(**{name: _from_json(known[name], value) for name, value in values.items()})
+    return kind(**{name: _from_json(name, known[name], value) for name, value in values.items()})
 
 
-def _from_json(hint, value):
+def _from_json(name, hint, value):
     if dataclasses.is_dataclass(hint):
         return config_from_dict(hint, value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(_from_json(typing.get_args(hint)[0], part) for part in value)
-    return value
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_from_json(name, typing.get_args(hint)[0], part) for part in value)
+    kinds = typing.get_args(hint) or (hint,)  # those of `int | None` are two
+    if type(value) in kinds or (float in kinds and type(value) is int):
+        return value
+    raise UserError(f"--{name}: {value!r:.40} is no {getattr(hint, '__name__', hint)}")

@@ -6,8 +6,21 @@ Their parameter names are the library's own, so that exports load into its `Diff
 
 import torch
 
-from dalle2.checkpoint import load_export, save_export
-from dalle2.config import PriorConfig, UnetConfig, UserError, config_from_dict, config_to_dict
+from dalle2.checkpoint import (
+    check_header,
+    explain_damage,
+    load_export,
+    load_network,
+    save_export,
+)
+from dalle2.config import (
+    PriorConfig,
+    UnetConfig,
+    UserError,
+    config_from_dict,
+    config_to_dict,
+    validate_config,
+)
 from dalle2.fast_modules import library, restore_modules, swap_modules
 from dalle2.files import hold_lock
 
@@ -110,10 +123,11 @@ def build_stock_decoder(unets, configs):
 def load_prior(path, flag="--prior_ckpt"):
     """(network, PriorConfig, header) of a prior export; UserError, naming `flag`, otherwise."""
     header, weights = load_export(path, "prior", flag)
-    config = config_from_dict(PriorConfig, header["config"])
-    prior = build_prior(config, header["embed_dim"])
-    prior.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
-    return prior.eval(), config, header
+    with explain_damage(path, flag):
+        config = validate_config(config_from_dict(PriorConfig, header["config"]))
+        prior = load_network(lambda: build_prior(config, header["embed_dim"]), {
+            name.removeprefix("net."): value for name, value in weights.items()})
+    return prior, config, header
 
 
 def load_decoder(path, flag="--decoder_ckpt"):
@@ -121,15 +135,20 @@ def load_decoder(path, flag="--decoder_ckpt"):
     export holds; UserError, naming `flag`, for another file."""
     header, weights = load_export(path, "decoder", flag)
     unets, configs = {}, {}
-    for number, stage in enumerate(header["stages"], start=1):
-        if stage is None:
-            continue
-        configs[number] = config_from_dict(UnetConfig, stage["config"])
-        unets[number] = build_unet(configs[number], number, header["embed_dim"]).eval()
-        prefix = f"unets.{number - 1}."
-        unets[number].load_state_dict({name.removeprefix(prefix): value
-                                       for name, value in weights.items()
-                                       if name.startswith(prefix)})
+    with explain_damage(path, flag):
+        for number, stage in enumerate(header["stages"], start=1):
+            if stage is None:
+                continue
+            check_header(stage, {"config": dict})
+            configs[number] = validate_config(config_from_dict(UnetConfig, stage["config"]))
+            prefix = f"unets.{number - 1}."
+            names = [name for name in weights if name.startswith(prefix)]
+            unets[number] = load_network(
+                lambda: build_unet(configs[number], number, header["embed_dim"]),
+                {name.removeprefix(prefix): weights.pop(name) for name in names})
+        if weights or not header["stages"]:
+            raise UserError(f"tensor {min(weights, default='')} belongs to none of its "
+                            f"{len(header['stages'])} stages")
     return unets, configs, header
 
 
