@@ -212,9 +212,10 @@ def report(run, candidates, best, settings, known):
         print(f"| {' | '.join((row['export'] or '', *cells))} |")
     close = [describe(row) for row in candidates
              if row is not best and row["gap"] <= row["gap_error"]]
-    print(f"\nbest: {describe(best)}; of {len(candidates) - 1} others {len(close)} lie within one "
-          f"standard error of it{': ' * bool(close)}{'; '.join(close)}\n(gap: behind the best, with "
-          "its own standard error; mismatch: what the snapshots miss of the wanted average, 0 to 1)")
+    print("\ngap: behind the best, with its own standard error; mismatch: what the snapshots miss "
+          f"of the wanted average\nbest: {describe(best)}; of {len(candidates) - 1} others "
+          f"{len(close)} lie within one standard error of it"
+          f"{': ' * bool(close)}{'; '.join(close)}")
     rows = [{name: row[name] for name in ("export", *COLUMNS)} for row in candidates]
     save_json(run.folder / "choice.json", {
         "settings": settings, "best": rows[candidates.index(best)], "close": close,
