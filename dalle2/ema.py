@@ -10,6 +10,7 @@ tensor, and its snapshots are pickles that are written in place and all read aga
 """
 
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ class PowerAverages:
                 value.copy_(scatter_like(saved[str(sigma_rel)][name], value))
 
 
+@cache
 def compute_gamma(sigma_rel):
     """Exponent of the power function of length `sigma_rel`. EDM2, algorithm 2."""
     return np.roots([1, 7, 16 - sigma_rel ** -2, 12 - sigma_rel ** -2]).real.max().item()
