@@ -45,6 +45,10 @@ def parse_args():
                      help="guidance of the prior, 1 is none")
     how.add_argument("--sample_timesteps", type=cli.at_least(1), nargs="+",
                      help="sampling steps: one number, or the prior's and each stage's")
+    how.add_argument("--num_candidates", type=cli.at_least(1), help="image embeddings that the "
+                     "prior samples a caption, of which the nearest to it is kept")
+    how.add_argument("--lowres_noise_level", type=cli.at_least(0), help="noise on the picture that "
+                     "an upsampler enlarges, of 1000: the more, the more it invents")
     how.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
     how.add_argument("--thresholding", choices=THRESHOLDS, default="static",
                      help="of the decoder's estimates: clamped, or scaled a picture (Saharia 2022)")
@@ -65,14 +69,16 @@ def main():
     jobs = list_jobs(args)
     pipeline = load_pipeline(args, cli.pick_device())
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
+    lowres_noise_level = pipeline.resolve_lowres_noise_level(args.lowres_noise_level)
     state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
-    settings = describe_settings(args, pipeline, [prior_steps, *unet_steps])
+    settings = describe_settings(args, pipeline, [prior_steps, *unet_steps], lowres_noise_level)
     entries = render_jobs(
         pipeline, jobs, output_dir, settings, batch_size=args.batch_size,
         from_photos=args.init_from_true_embedding,
         prior_options={"prior_cond_scale": args.prior_cond_scale, "sampler": args.sampler,
-                       "sample_timesteps": prior_steps},
+                       "sample_timesteps": prior_steps, "num_candidates": args.num_candidates},
         options={"cond_scale": args.cond_scale, "sample_timesteps": unet_steps,
+                 "lowres_noise_level": lowres_noise_level,
                  "sampler": args.sampler, "thresholding": args.thresholding})
     if not state.is_main_process:
         return
@@ -123,13 +129,14 @@ def list_jobs(args):
             for index, job in enumerate(jobs)]
 
 
-def describe_settings(args, pipeline, sample_timesteps):
+def describe_settings(args, pipeline, sample_timesteps, lowres_noise_level):
     """What the pictures depend on besides captions and seeds, as JSON."""
     scales = {name: config.cond_scale if getattr(args, name) is None else getattr(args, name)
               for name, config in (("cond_scale", pipeline.unet_configs[0]),
                                    ("prior_cond_scale", pipeline.prior_config))}
     return {**scales, "sample_timesteps": sample_timesteps, "sampler": args.sampler,
-            "thresholding": args.thresholding,
+            "num_candidates": args.num_candidates or pipeline.prior_config.num_candidates,
+            "lowres_noise_level": lowres_noise_level, "thresholding": args.thresholding,
             "init_from_true_embedding": args.init_from_true_embedding,
             "prior_ckpt": args.prior_ckpt, "prior_sha256": compute_digest(args.prior_ckpt),
             "decoder_ckpt": args.decoder_ckpt, "decoder_sha256": compute_digest(args.decoder_ckpt),

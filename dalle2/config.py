@@ -72,6 +72,7 @@ class PriorConfig:
     beta_schedule: str = "cosine"
     text_cond_drop_prob: float = 0.1
     sample_timesteps: int = 16
+    num_candidates: int = 2          # embeddings sampled a caption; the nearest to it is kept
     cond_scale: float = 1.0          # guidance when sampling; 1 is none
     train: TrainConfig
 

@@ -233,6 +233,11 @@ class Prefix(NamedTuple):
     length: int      # M
     keys_values: list  # (keys (B, M, d), values (B, M, d)) of each layer
 
+    def repeat_rows(self, count):
+        """The Prefix of B count rows, each row `count` times in succession."""
+        return Prefix(self.length, [tuple(part.repeat_interleave(count, dim=0) for part in pair)
+                                    for pair in self.keys_values])
+
 
 class FastCausalTransformer(library.CausalTransformer):
     def forward(self, x, prefix=None):
