@@ -89,7 +89,8 @@ def main():
                     x, _ = decoder.p_sample(
                         unet, x, torch.full((batch,), t, device=device), image_embed=image_embed,
                         cond_scale=scales[number - 1], noise_scheduler=decoder.noise_schedulers[0],
-                        predict_v=config.predict_v, predict_x_start=config.predict_x_start,
+                        predict_v=config.objective == "v",
+                        predict_x_start=config.objective == "x_start",
                         **lowres)
         else:
             decoder.sample_timesteps = steps

@@ -139,8 +139,8 @@ def draw(run, network, conditions, seeds):
     if run.unet_number == 1:
         return sample_images([network], [run.config], *conditions, seeds)
     # the true small picture takes the place of what the stage before draws
-    first = replace(run.config, image_size=run.header["lowres_size"], predict_x_start=True,
-                    predict_v=False, cond_scale=1.0)
+    first = replace(run.config, image_size=run.header["lowres_size"], objective="x_start",
+                    cond_scale=1.0)
     return sample_images([lambda x_t, t, image_embed, **options: image_embed, network],
                          [first, run.config], conditions[0] * 2 - 1, seeds,
                          sample_timesteps=[1, None])

@@ -1,15 +1,26 @@
 """What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import math
 import os
 import sys
-from dataclasses import replace
+import typing
+from pathlib import Path
 
-from dalle2.config import PRESETS, UserError, config_to_dict, validate_config
+from dalle2.config import (
+    MAX_INT,
+    PRESETS,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    validate_config,
+)
+from dalle2.errors import UserError
 
 DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
-MAX_INT = 2 ** 63 - 1  # what torch takes as a seed
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,13 +56,24 @@ def at_least(least):
 
 
 def run(main):
-    """Runs an entry script: a UserError becomes one line and exit code 2."""
+    """Runs an entry script: a UserError becomes one line, which names the flag, and exit code 2."""
     try:
         main()
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            flag = f"--{error.argument}: " if error.argument else ""
+            print(f"error: {flag}{error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def name_flags(**flags):
+    """Says which flag an argument of a called function came from: {argument: flag}."""
+    try:
+        yield
+    except UserError as error:
+        error.argument = flags.get(error.argument, error.argument)
+        raise
 
 
 def add_data_flags(parser):
@@ -76,49 +98,84 @@ def add_clip_flags(parser):
                       "train_clip.py wrote brings its architecture along)")
 
 
-def add_train_flags(parser, output_dir, split=True):
-    train = parser.add_argument_group("training (None: what the preset says)")
-    train.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
-    train.add_argument("--preset", default="base", choices=list(PRESETS),
-                       help="sizes and hyper-parameters, a row of dalle2/config.py")
-    train.add_argument("--num_steps", type=int, help="optimizer updates")
-    train.add_argument("--batch_size", type=int, help="of all processes together")
-    train.add_argument("--lr", type=float, help="peak learning rate")
-    if split:
-        train.add_argument("--device_batch_size", type=int,
-                           help="rows that a device computes at a time (None: the preset's, 0: "
-                           "all of its share); halved by itself where memory runs out")
-    train.add_argument("--seed", type=int, help="of noise, crops, captions and data order")
-    train.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"],
-                       help="auto: bf16 on a GPU that has it, else none")
-    train.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
-                       help="convolutions with channels innermost: try it on a GPU")
-    train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                       help="the network by torch.compile, after a minute or two at the start")
-    if split:
-        train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=None,
-                           help="share weights, average and optimizer out among the processes, for "
-                           "a network that one GPU does not hold")
-    train.add_argument("--save_every", type=int, help="steps between checkpoints")
-    train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
-    train.add_argument("--validate_every", type=int, help="steps between validations")
-    if split:
-        train.add_argument("--snapshot_every", type=int, help="steps between snapshots of two "
-                           "averages of the weights, for dalle2.choose; 0: none")
-    train.add_argument("--log_with", choices=["tensorboard", "wandb", "none"],
-                       default="tensorboard", help="beside metrics.jsonl and curves.png")
-    train.add_argument("--dry_run", action="store_true",
-                       help="check flags and data, print the plan, write nothing")
+def add_train_flags(parser, kind, output_dir):
+    """The flags of a training script: where, from what, and a flag for every field of the config
+    class `kind` and of its training."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
+    run.add_argument("--preset", default="base", choices=list(PRESETS),
+                     help="sizes and hyper-parameters, a row of dalle2/config.py")
+    run.add_argument("--config", help="start from this config.json of a run in place of the "
+                     "preset's values")
+    run.add_argument("--log_with", choices=["tensorboard", "wandb", "none"], default="tensorboard",
+                     help="beside metrics.jsonl and curves.png")
+    run.add_argument("--dry_run", action="store_true",
+                     help="check flags and data, print the plan, write nothing")
+    add_config_flags(parser.add_argument_group("training (None: what config or preset says)"),
+                     TrainConfig)
+    add_config_flags(parser.add_argument_group("network (None: what config or preset says)"), kind)
 
 
-def override_train(config, args):
-    """`config` (with a field `train`), validated, with the training flags that were given."""
-    given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
-                                      "device_batch_size", "channels_last", "compile", "fsdp",
-                                      "save_every", "save_minutes", "validate_every",
-                                      "snapshot_every")
-             if (value := getattr(args, name, None)) is not None}
-    return validate_config(replace(config, train=replace(config.train, **given)))
+def add_config_flags(group, kind):
+    """A flag for each field of the config class `kind`; None where it is not given."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        if item.name == "train":
+            continue
+        hint, options = hints[item.name], {"help": item.metadata["help"].replace("%", "%%")}
+        if typing.get_origin(hint) is tuple:
+            (hint, _), options["nargs"] = typing.get_args(hint), "+"
+        if hint is bool and "nargs" not in options:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = parse_bool if hint is bool else hint
+            options["choices"] = item.metadata["choices"]
+        group.add_argument(f"--{item.name}", default=None, **options)
+
+
+def parse_bool(text):
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def build_config(args, preset):
+    """(config, origins): `preset`, a config with a field `train`, overridden by the file that
+    --config names, overridden by flags; validated. origins {field: "preset", "file" or "flag"}."""
+    kind, values, origins = type(preset), config_to_dict(preset), {}
+    if args.config:
+        file = read_config(args.config, kind)
+        origins |= {name: "file" for part in (file, file["train"], values, values["train"])
+                    for name in part}
+        values = file
+    for part in (values, values["train"]):
+        for name in part.keys() - {"train"}:
+            if getattr(args, name, None) is not None:
+                part[name], origins[name] = getattr(args, name), "flag"
+    return validate_config(config_from_dict(kind, values)), origins
+
+
+def read_config(path, kind):
+    """The config of class `kind` in a run's config.json, as a dict with every field."""
+    if not os.path.isfile(path):
+        raise UserError(f"no such file: {path}", "config")
+    try:
+        values = json.loads(Path(path).read_text())["config"]
+        return config_to_dict(config_from_dict(kind, values))
+    except (ValueError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path} is no config.json of such a network: {error}", "config") from None
+
+
+def print_plan(title, config, origins, module, pictures):
+    """What a --dry_run says: sizes, steps, data, and where each value comes from."""
+    params = sum(p.numel() for p in module.parameters())
+    print(f"{title}: {params / 1e6:.2f} M parameters, {config.train.num_steps} steps of "
+          f"{config.train.batch_size}, {pictures} pictures")
+    values = config_to_dict(config)
+    for name, value in {**values, **values.pop("train")}.items():
+        if name != "train":
+            print(f"  {name}: {value} ({origins.get(name, 'preset')})")
 
 
 def check_data(args):
@@ -146,11 +203,6 @@ def open_stores(args, clip_source=None, **options):
         val = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
                             max_images=args.num_val_images, **options)
     return train, val
-
-
-def describe_data(store):
-    """What a run is trained on, to compare on resuming: its captions file and how many pictures."""
-    return {"annotations": store.source["annotations"][:16], "num_images": len(store)}
 
 
 class ClipSource:
@@ -195,12 +247,3 @@ def build_accelerator(mixed_precision):
         raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed are not used here; --fsdp "
                         "shares the network out among the processes of any other launch")
     return accelerator
-
-
-def print_plan(title, config, module, store_sizes):
-    """What a --dry_run tells: sizes, steps, data."""
-    params = sum(p.numel() for p in module.parameters())
-    print(f"{title}: {params / 1e6:.2f} M parameters, {config.train.num_steps} steps of "
-          f"{config.train.batch_size}, {store_sizes}")
-    for name, value in config_to_dict(config).items():
-        print(f"  {name}: {value}")

@@ -1,59 +1,76 @@
 """The recipe: every size and hyper-parameter as a dataclass field, and the presets as one table.
 
 A config is what an entry script trains from, what a run folder records in `config.json`, and what
-an exported checkpoint carries in its header. Sources are named beside the numbers.
+an exported checkpoint carries in its header. A field knows its help text and its bounds: the flags
+of the entry scripts are made from the fields. Sources are named beside the numbers.
 """
 
 import dataclasses
 import typing
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
+
+from dalle2.errors import UserError
+
+MAX_INT = 2 ** 63 - 1  # what a tensor's size or a seed can be
 
 
-class UserError(Exception):
-    """Bad input. One line that names the flag, file or record; the exit code is 2."""
+def setting(default=MISSING, *, help, least=None, below=None, most=MAX_INT, choices=None):
+    """A field of a config. A number is above 0, or at least `least`; at most `most`, below
+    `below`. A text is one of `choices`."""
+    return field(default=default, metadata=dict(help=help, least=least, below=below, most=most,
+                                                choices=choices))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How one network is optimized: AdamW or Muon with decay on matrices only, EMA, clipping."""
 
-    num_steps: int                   # optimizer updates
-    batch_size: int                  # global batch: all processes and accumulation steps together
-    lr: float                        # peak learning rate
-    muon_lr: float = 0.0             # of matrices and kernels by Muon (dalle2.optimizer); 0: AdamW
-    lr_schedule: str = "cosine"      # after the warm-up: "cosine" to zero, or "constant"
-    warmup_steps: int = 1000         # steps of linear warm-up
-    weight_decay: float = 0.0        # on parameters with two or more dimensions
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0       # gradients are clipped to this global norm
-    ema_decay: float = 0.9999        # of the exported weights; warmed up over the first steps
-    device_batch_size: int = 0       # rows that a device computes at a time, 0: all of its share;
-                                     # halved where memory runs out, which changes no result
-    seed: int = 0                    # noise, timesteps, crops, captions and order follow from it
-    mixed_precision: str = "auto"    # "no", "bf16", "fp16"; "auto": bf16 where CUDA has it
-    channels_last: bool = False      # convolution weights and feature maps with channels innermost
-    compile: bool = False            # the network by torch.compile; on a CPU it does not pay
-    fsdp: bool = False               # weights and optimizer shared out among the processes (FSDP2)
-    save_every: int = 2500           # steps between checkpoints and exports
-    save_minutes: float = 0.0        # and minutes between them; 0: steps alone
-    validate_every: int = 2500       # steps between validations
-    snapshot_every: int = 0          # steps between snapshots of two long averages of the weights,
-                                     # to choose from afterwards (dalle2.choose); 0: none
+    num_steps: int = setting(help="optimizer updates")
+    batch_size: int = setting(help="rows of the global batch, all processes together")
+    device_batch_size: int = setting(0, least=0, help="rows that a device computes at a time, 0: "
+                                     "all of its share; halved by itself where memory runs out")
+    lr: float = setting(help="peak learning rate")
+    muon_lr: float = setting(0.0, least=0, help="peak learning rate of matrices and kernels by "
+                             "Muon; 0: AdamW for all")
+    lr_schedule: str = setting("cosine", choices=("cosine", "constant"),
+                               help="after the warm-up: cosine to zero, or constant")
+    warmup_steps: int = setting(1000, least=0, help="steps of linear warm-up")
+    weight_decay: float = setting(0.0, least=0, help="of weights with two or more dimensions")
+    adam_beta2: float = setting(0.999, below=1, help="decay of AdamW's second moment")
+    adam_eps: float = setting(1e-8, help="AdamW's epsilon")
+    max_grad_norm: float = setting(1.0, help="gradients are clipped to this global norm")
+    ema_decay: float = setting(0.9999, below=1, help="of the averaged weights that are exported; "
+                               "warmed up over the first steps")
+    seed: int = setting(0, least=0, help="of weights, noise, timesteps, crops, captions and order")
+    mixed_precision: str = setting("auto", choices=("auto", "no", "bf16", "fp16"), help="auto: "
+                                   "bf16 on a GPU that has it, fp16 on others, none on a CPU")
+    channels_last: bool = setting(False, help="feature maps with channels innermost: worth a try "
+                                  "on a GPU")
+    compile: bool = setting(False, help="compile the network with torch.compile, which takes a "
+                            "minute or two at the start")
+    fsdp: bool = setting(False, help="shard weights, average and optimizer among the processes "
+                         "(FSDP2), for a network that one GPU does not hold")
+    save_every: int = setting(2500, help="steps between checkpoints and exports")
+    save_minutes: float = setting(0.0, least=0, help="and minutes between them; 0: steps alone")
+    validate_every: int = setting(2500, help="steps between validations")
+    snapshot_every: int = setting(0, least=0, help="steps between snapshots of two averages of the "
+                                  "weights, for dalle2.choose; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
     """A small CLIP of one's own (open_clip's model class, ResNet image tower)."""
 
-    embed_dim: int                   # D; also the width of the text tower, as the prior needs it
-    image_size: int                  # input side, pixels
-    vision_width: int
-    vision_layers: tuple[int, ...]   # blocks in each of the four ResNet stages
-    text_layers: int
-    text_heads: int
-    context_length: int              # L, start and end token included
-    logit_scale: float = 0.0         # fixed inverse temperature; 0: learned from 1 / 0.07
+    embed_dim: int = setting(help="size D of an embedding, and width of the text tower: the prior "
+                             "needs them equal")
+    image_size: int = setting(help="input side, pixels")
+    vision_width: int = setting(help="channels of the first ResNet stage")
+    vision_layers: tuple[int, ...] = setting(most=1000, help="blocks of the four ResNet stages")
+    text_layers: int = setting(most=1000, help="layers of the text transformer")
+    text_heads: int = setting(help="its attention heads")
+    context_length: int = setting(help="text positions L, start and end token included")
+    logit_scale: float = setting(0.0, least=0, help="fixed inverse temperature; 0: learned, "
+                                 "starting at 1 / 0.07")
     train: TrainConfig
 
 
@@ -61,19 +78,21 @@ class ClipConfig:
 class PriorConfig:
     """Caption -> CLIP image embedding. Width is that of the CLIP. Ramesh et al. 2022, sec. 2.2."""
 
-    depth: int
-    heads: int
-    dim_head: int = 64
-    max_text_len: int                # text positions (99.9 % of COCO's captions have at most 31
-                                     # tokens); longer ones are cut, end token kept
-    normformer: bool = False         # a norm more in each layer, as the public LAION prior has it
-    discrete_time: bool = False      # one learned vector a timestep, likewise
-    timesteps: int = 1000
-    beta_schedule: str = "cosine"
-    text_cond_drop_prob: float = 0.1
-    sample_timesteps: int = 16
-    num_candidates: int = 2          # embeddings sampled a caption; the nearest to it is kept
-    cond_scale: float = 1.0          # guidance when sampling; 1 is none
+    depth: int = setting(most=1000, help="layers of the transformer")
+    heads: int = setting(help="attention heads")
+    dim_head: int = setting(64, help="channels of a head")
+    max_text_len: int = setting(help="text positions (99.9 % of COCO's captions have at most 31 "
+                                "tokens); longer captions are cut, their end token kept")
+    normformer: bool = setting(False, help="one more norm in each layer, as in LAION's prior")
+    discrete_time: bool = setting(False, help="a learned vector for each timestep, likewise")
+    timesteps: int = setting(1000, most=10 ** 6, help="timesteps of the diffusion process")
+    beta_schedule: str = setting("cosine", choices=("cosine", "linear"), help="noise schedule")
+    text_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the captions that "
+                                         "are dropped in training, so that guidance works")
+    sample_timesteps: int = setting(16, help="sampling steps")
+    num_candidates: int = setting(2, help="embeddings sampled for a caption; the nearest to it is "
+                                  "kept (sec. 2.2)")
+    cond_scale: float = setting(1.0, least=0, help="guidance when sampling; 1 is none")
     train: TrainConfig
 
 
@@ -82,30 +101,39 @@ class UnetConfig:
     """One stage of the decoder; the first is conditioned on the image embedding, the following
     ones on the picture of the stage before. Ramesh et al. 2022, sec. 2.1; Ho et al. 2021."""
 
-    image_size: int                  # side of its output, pixels
-    dim: int
-    dim_mults: tuple[int, ...]
-    num_resnet_blocks: int = 2
-    self_attn: tuple[bool, ...] = ()  # per resolution; () is none (the middle always attends)
-    attn_heads: int = 8
-    attn_dim_head: int = 64
-    memory_efficient: bool = True    # down-sample before, not after, the blocks of a resolution
-    cond_dim: int = 0                # of each image token; 0: dim
-    num_image_tokens: int = 4        # that the image embedding is unfolded into (first stage)
-    init_conv_kernel_size: int = 0   # 0: the library's cross-embedding of kernels 3, 7 and 15
-    predict_x_start: bool = False    # both False: the network predicts the noise
-    predict_v: bool = True           # Salimans and Ho 2022, appendix D
-    timesteps: int = 1000
-    beta_schedule: str = "cosine"
-    min_snr_gamma: float = 5.0       # loss weight, Hang et al. 2023; 0 is none
-    image_cond_drop_prob: float = 0.1   # first stage
-    gradient_checkpointing: bool = False   # computes blocks again in the backward pass: a fraction
-                                     # of the memory for about a third more time
-    crop_size: int = 0               # later stages: side of the training crops; 0 is the whole
-    lowres_noise_max_level: int = 400   # later stages: conditioning noise, of 1000, in training
-    lowres_noise_level: int = 100       # and when sampling (Saharia et al. 2022, sec. 2.4)
-    sample_timesteps: int = 25
-    cond_scale: float = 1.0          # guidance when sampling (first stage); 1 is none
+    image_size: int = setting(help="side of its pictures, pixels")
+    dim: int = setting(help="channels at full resolution")
+    dim_mults: tuple[int, ...] = setting(help="multiples of dim, one for each resolution")
+    num_resnet_blocks: int = setting(2, least=0, most=100, help="blocks at each resolution")
+    self_attn: tuple[bool, ...] = setting((), help="whether each resolution attends to itself; "
+                                          "none given: none does (the middle always does)")
+    attn_heads: int = setting(8, help="heads of self-attention")
+    attn_dim_head: int = setting(64, help="channels of a head")
+    memory_efficient: bool = setting(True, help="down-sample before, not after, the blocks of a "
+                                     "resolution")
+    cond_dim: int = setting(0, least=0, help="channels of an image token; 0: dim")
+    num_image_tokens: int = setting(4, help="tokens that the image embedding becomes (first stage)")
+    init_conv_kernel_size: int = setting(0, least=0, help="of the first convolution; 0: the "
+                                         "library's three of 3, 7 and 15 pixels")
+    objective: str = setting("v", choices=("x_start", "noise", "v"), help="what the network "
+                             "predicts (v: Salimans and Ho 2022, appendix D)")
+    timesteps: int = setting(1000, most=10 ** 6, help="timesteps of the diffusion process")
+    beta_schedule: str = setting("cosine", choices=("cosine", "linear"), help="noise schedule")
+    min_snr_gamma: float = setting(5.0, least=0, help="loss weight of Hang et al. 2023; 0 is none")
+    image_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the embeddings "
+                                          "dropped in training, so that guidance works (first "
+                                          "stage)")
+    gradient_checkpointing: bool = setting(False, help="compute blocks again in the backward pass: "
+                                           "less memory, about a third more time")
+    crop_size: int = setting(0, least=0, help="side of the training crops (later stages); 0: the "
+                             "whole picture")
+    lowres_noise_max_level: int = setting(400, least=0, help="most noise, of 1000, on the picture "
+                                          "that a later stage is conditioned on, in training")
+    lowres_noise_level: int = setting(100, least=0, help="and when sampling (Saharia et al. 2022, "
+                                      "sec. 2.4)")
+    sample_timesteps: int = setting(25, help="sampling steps")
+    cond_scale: float = setting(1.0, least=0, help="guidance when sampling (first stage); 1 is "
+                                "none")
     train: TrainConfig
 
 
@@ -151,13 +179,13 @@ PRESETS = {
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        cond_dim=64, num_image_tokens=8,
-                       predict_v=False, predict_x_start=True, beta_schedule="linear",
+                       objective="x_start", beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=5, cond_scale=1.5,
                        train=replace(_TOY_TRAIN, num_steps=1200, batch_size=32, lr=2e-3,
                                      muon_lr=0.015)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
-                       predict_v=False, predict_x_start=True, min_snr_gamma=0.0,
+                       objective="x_start", min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
                        sample_timesteps=2,
                        train=replace(_TOY_TRAIN, num_steps=200, batch_size=16, lr=2e-3))))),
@@ -209,49 +237,35 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------
 # validation and JSON
 
-_CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
-            "mixed_precision": ("auto", "no", "bf16", "fp16")}
-_MAY_BE_ZERO = {"muon_lr", "device_batch_size", "snapshot_every", "save_minutes", "weight_decay",
-                "warmup_steps", "seed", "logit_scale",
-                "init_conv_kernel_size", "min_snr_gamma", "num_resnet_blocks", "cond_dim",
-                "crop_size", "lowres_noise_max_level", "lowres_noise_level",
-                "text_cond_drop_prob", "image_cond_drop_prob"}
-_MOST = {"depth": 1000, "text_layers": 1000, "vision_layers": 1000, "num_resnet_blocks": 100,
-         "timesteps": 10 ** 6}
-_MOST_OF_ANY = 2 ** 63 - 1  # what a tensor's size or a seed can be
-
 
 def validate_config(config):
     """Raises UserError naming the first field of `config` whose value makes no sense."""
     if getattr(config, "fsdp", False) and (config.compile or config.mixed_precision == "fp16"):
-        raise UserError("--fsdp: goes with neither --compile nor --mixed_precision fp16")
+        raise UserError("goes with neither --compile nor --mixed_precision fp16", "fsdp")
     for item in dataclasses.fields(config):
-        name, value = item.name, getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            validate_config(value)
-        elif isinstance(value, tuple):
-            for part in value:
-                if dataclasses.is_dataclass(part):
-                    validate_config(part)
-                else:
-                    _validate_number(name, part)
-        elif name in _CHOICES and value not in _CHOICES[name]:
-            raise UserError(f"--{name}: {value!r} is not one of {', '.join(_CHOICES[name])}")
-        else:
-            _validate_number(name, value)
+        value = getattr(config, item.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                validate_config(part)
+            else:
+                _validate_value(item, part)
     return config
 
 
-def _validate_number(name, value):
+def _validate_value(item, value):
+    bounds = item.metadata
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise UserError(f"{value!r:.20} is not one of {', '.join(bounds['choices'])}", item.name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    most = _MOST.get(name, _MOST_OF_ANY)
-    if not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):  # nan is neither
-        raise UserError(f"--{name}: {value!r:.20} must be positive")
+    least, below, most = bounds["least"], bounds["below"], bounds["most"]
+    if not (value > 0 if least is None else value >= least):  # nan is neither
+        wanted = "positive" if least is None else f"at least {least}"
+        raise UserError(f"{value!r:.20} must be {wanted}", item.name)
     if value > most:
-        raise UserError(f"--{name}: {value!r:.20} must be at most {most}")
-    if name.endswith(("_prob", "_decay", "beta2")) and value >= 1:
-        raise UserError(f"--{name}: {value} must be below 1")
+        raise UserError(f"{value!r:.20} must be at most {most}", item.name)
+    if below is not None and value >= below:
+        raise UserError(f"{value} must be below {below}", item.name)
 
 
 def config_to_dict(config):
@@ -268,7 +282,7 @@ def config_from_dict(kind, values):
     known = typing.get_type_hints(kind)
     unknown = set(values) - set(known)
     missing = {item.name for item in dataclasses.fields(kind)
-               if item.default is dataclasses.MISSING} - set(values)
+               if item.default is MISSING} - set(values)
     if unknown or missing:
         raise UserError(f"{kind.__name__}: unknown fields {sorted(unknown)}, "
                         f"missing fields {sorted(missing)}")
@@ -280,7 +294,6 @@ def _from_json(name, hint, value):
         return config_from_dict(hint, value)
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_from_json(name, typing.get_args(hint)[0], part) for part in value)
-    kinds = typing.get_args(hint) or (hint,)  # those of `int | None` are two
-    if type(value) in kinds or (float in kinds and type(value) is int):
+    if type(value) is hint or (hint is float and type(value) is int):
         return value
-    raise UserError(f"--{name}: {value!r:.40} is no {getattr(hint, '__name__', hint)}")
+    raise UserError(f"{value!r:.40} is no {getattr(hint, '__name__', hint)}", name)

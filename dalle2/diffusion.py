@@ -24,14 +24,13 @@ def compute_betas(beta_schedule, timesteps):
 class Diffusion:
     """One process. x_t = alpha_t x_start + sigma_t noise, with alpha^2 + sigma^2 = 1.
 
-    predict_v, predict_x_start: what the network predicts; neither: the noise.
+    objective: what the network predicts, "x_start", "noise" or "v" (alpha noise - sigma x_start).
     """
 
-    def __init__(self, timesteps=1000, beta_schedule="cosine", predict_v=False,
-                 predict_x_start=False, min_snr_gamma=0.0, device="cpu"):
+    def __init__(self, timesteps=1000, beta_schedule="cosine", objective="x_start",
+                 min_snr_gamma=0.0, device="cpu"):
         alphas_cumprod = (1 - compute_betas(beta_schedule, timesteps)).cumprod(0)
-        self.timesteps, self.predict_v, self.predict_x_start = timesteps, predict_v, predict_x_start
-        self.min_snr_gamma = min_snr_gamma
+        self.timesteps, self.objective, self.min_snr_gamma = timesteps, objective, min_snr_gamma
         self.alpha = alphas_cumprod.sqrt().float().to(device)        # (T,)
         self.sigma = (1 - alphas_cumprod).sqrt().float().to(device)  # (T,)
         self.half_log_snr = alphas_cumprod.logit() / 2  # (T,) log(alpha / sigma), falling with t
@@ -47,17 +46,17 @@ class Diffusion:
         return alpha * x_start + sigma * noise
 
     def target(self, x_start, t, noise):
-        """What the network should say."""
-        alpha, sigma = self.coefficients(t, x_start)
-        if self.predict_v:
+        """What the network should predict."""
+        if self.objective == "v":
+            alpha, sigma = self.coefficients(t, x_start)
             return alpha * noise - sigma * x_start
-        return x_start if self.predict_x_start else noise
+        return {"x_start": x_start, "noise": noise}[self.objective]
 
     def to_x_start(self, prediction, x_t, alpha, sigma):
         """Converts the network's output to an estimate of x_start; alpha, sigma: those of x_t."""
-        if self.predict_v:
+        if self.objective == "v":
             return alpha * x_t - sigma * prediction
-        return prediction if self.predict_x_start else (x_t - sigma * prediction) / alpha
+        return prediction if self.objective == "x_start" else (x_t - sigma * prediction) / alpha
 
     def loss_weight(self, t):
         """(B,) weights of the squared error; min-SNR of Hang et al. 2023 (arXiv 2303.09556),
@@ -66,9 +65,7 @@ class Diffusion:
         if not self.min_snr_gamma:
             return torch.ones_like(snr)
         clamped = snr.clamp(max=self.min_snr_gamma)
-        if self.predict_v:
-            return clamped / (snr + 1)
-        return clamped if self.predict_x_start else clamped / snr
+        return clamped / {"x_start": 1, "noise": snr, "v": snr + 1}[self.objective]
 
     def loss(self, predict, x_start, t, noise):
         """(B,) weighted mean squared errors of `predict(x_t, t)`."""
@@ -79,8 +76,8 @@ class Diffusion:
 
 def build_diffusion(config, device):
     """The process of one decoder stage, from its UnetConfig."""
-    return Diffusion(config.timesteps, config.beta_schedule, config.predict_v,
-                     config.predict_x_start, config.min_snr_gamma, device)
+    return Diffusion(config.timesteps, config.beta_schedule, config.objective,
+                     config.min_snr_gamma, device)
 
 
 @lru_cache

@@ -114,8 +114,8 @@ def build_stock_decoder(unets, configs):
     return library.Decoder(
         tuple(map(restore_modules, unets)), image_sizes=tuple(c.image_size for c in configs),
         timesteps=configs[0].timesteps, beta_schedule=tuple(c.beta_schedule for c in configs),
-        predict_x_start=tuple(c.predict_x_start for c in configs),
-        predict_v=tuple(c.predict_v for c in configs), learned_variance=False,
+        predict_x_start=tuple(c.objective == "x_start" for c in configs),
+        predict_v=tuple(c.objective == "v" for c in configs), learned_variance=False,
         image_cond_drop_prob=configs[0].image_cond_drop_prob, text_cond_drop_prob=1.0,
         use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
 

@@ -4,7 +4,7 @@ from dalle2_pytorch.dalle2_pytorch import NoiseScheduler
 
 from dalle2.diffusion import Diffusion
 
-KINDS = [{}, {"predict_v": True}, {"predict_x_start": True}]
+KINDS = [{"objective": name} for name in ("noise", "v", "x_start")]
 
 
 @pytest.mark.parametrize("beta_schedule", ["cosine", "linear"])
@@ -15,7 +15,7 @@ def test_schedule_is_the_librarys(beta_schedule):
     torch.testing.assert_close(ours.sigma, library.sqrt_one_minus_alphas_cumprod)
     x, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 500, 999])
     torch.testing.assert_close(ours.q_sample(x, t, noise), library.q_sample(x, t, noise))
-    v = Diffusion(1000, beta_schedule, predict_v=True).target(x, t, noise)
+    v = Diffusion(1000, beta_schedule, objective="v").target(x, t, noise)
     torch.testing.assert_close(v, library.calculate_v(x, t, noise))
 
 
@@ -37,9 +37,9 @@ def test_min_snr_bounds_the_weight_of_x_start(kind):
     x, noise = torch.randn(len(t), 4), torch.randn(len(t), 4)
     x_t = diffusion.q_sample(x, t, noise)
     # a prediction whose x_start is off by one everywhere
-    if diffusion.predict_v:
+    if diffusion.objective == "v":
         wrong = (diffusion.alpha[t][:, None] * x_t - (x + 1)) / diffusion.sigma[t][:, None]
-    elif diffusion.predict_x_start:
+    elif diffusion.objective == "x_start":
         wrong = x + 1
     else:
         wrong = (x_t - diffusion.alpha[t][:, None] * (x + 1)) / diffusion.sigma[t][:, None]
@@ -48,13 +48,13 @@ def test_min_snr_bounds_the_weight_of_x_start(kind):
 
 
 def test_gamma_zero_is_the_plain_loss():
-    diffusion = Diffusion(1000, "cosine", predict_v=True)
+    diffusion = Diffusion(1000, "cosine", objective="v")
     assert (diffusion.loss_weight(torch.arange(1000)) == 1).all()
 
 
 def test_loss_leaves_its_input_alone():
     """dalle2-pytorch scales a cached embedding in place."""
-    diffusion = Diffusion(1000, "cosine", predict_x_start=True)
+    diffusion = Diffusion(1000, "cosine", objective="x_start")
     x = torch.randn(2, 4)
     before = x.clone()
     diffusion.loss(lambda x_t, t: x_t, x, torch.tensor([1, 2]), torch.randn(2, 4))

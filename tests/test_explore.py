@@ -110,8 +110,8 @@ def test_inversion_of_the_gaussian_is_its_noise_and_ddim_leads_back():
 def build_gaussian_pipeline(error=0.0):
     """A first stage alone, exact for pictures around MEAN where its condition is kept, around
     DROPPED_MEAN where it is dropped; its estimates are off by `error`, brighter or darker."""
-    config = UnetConfig(image_size=64, dim=8, dim_mults=(1,), predict_v=False,
-                        predict_x_start=True, cond_scale=2.0, train=TOY.prior.train)
+    config = UnetConfig(image_size=64, dim=8, dim_mults=(1,), objective="x_start",
+                        cond_scale=2.0, train=TOY.prior.train)
     diffusion = Diffusion(config.timesteps, config.beta_schedule)
     wrong = error * (1 - 2 * (torch.arange(64) % 2))
 

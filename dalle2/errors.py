@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend."""
+
+
+class UserError(Exception):
+    """Bad input: what is wrong with which file or value, and what to do about it, in one line.
+
+    argument: the argument of a function, or the field of a config, that was bad. The boundary
+    (`dalle2.cli`) makes the flag of it and exits with code 2.
+    """
+
+    def __init__(self, message, argument=None):
+        super().__init__(message)
+        self.argument = argument
