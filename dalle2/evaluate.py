@@ -1,8 +1,9 @@
 """Scores a prior and a decoder over a COCO captions file: `python -m dalle2.evaluate`.
 
-Renders one picture a caption, 30,000 where the file has them, and compares the JPEG files with
-their captions and with the photos. Run again, it goes on where it stopped. With --sweep it does so
-on a few hundred pictures for every combination of guidance and steps that is given.
+Renders one picture a caption, 30,000 where the file has them, and compares the files (PNG: a JPEG
+would lose what the photos keep) with their captions and with the photos. Run again, it goes on
+where it stopped. With --sweep it does so on a few hundred pictures for every combination of
+guidance and steps that is given.
 """
 
 import argparse
@@ -142,8 +143,8 @@ class Notes(list):
 def list_all_jobs(jobs, seed, samples_for_diversity):
     """`jobs` of list_coco_jobs with a "file" each, and behind them the further samples of the first
     captions."""
-    listed = [{**job, "file": f"images/{job['image_id']}.jpg"} for job in jobs]
-    return listed + [{**job, "file": f"diversity/{job['image_id']}_{sample}.jpg",
+    listed = [{**job, "file": f"images/{job['image_id']}.png"} for job in jobs]
+    return listed + [{**job, "file": f"diversity/{job['image_id']}_{sample}.png",
                       "seed": derive_seed(seed, index, sample) % 2 ** 31}
                      for index, job in enumerate(jobs[:NUM_DIVERSITY_CAPTIONS])
                      for sample in range(1, samples_for_diversity)]
