@@ -44,6 +44,7 @@ def parse_args():
     how.add_argument("--sample_timesteps", type=int, nargs="+",
                      help="sampling steps: one number, or the prior's and each stage's")
     how.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
+    cli.add_precision_flag(how)
     how.add_argument("--thresholding", choices=THRESHOLDS, default="static",
                      help="of the decoder's estimates: clamped, or scaled a picture (Saharia 2022)")
     how.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a CPU, what "
@@ -61,7 +62,7 @@ def main():
     args = parse_args()
     check_flags(args)
     jobs = list_jobs(args)
-    pipeline = load_pipeline(args, cli.pick_device())
+    pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
     state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
     settings = describe_settings(args, pipeline, [prior_steps, *unet_steps])
@@ -136,7 +137,7 @@ def describe_settings(args, pipeline, sample_timesteps):
             "init_from_true_embedding": args.init_from_true_embedding,
             "prior_ckpt": args.prior_ckpt, "prior_sha256": compute_digest(args.prior_ckpt),
             "decoder_ckpt": args.decoder_ckpt, "decoder_sha256": compute_digest(args.decoder_ckpt),
-            "clip": pipeline.header["clip"]}
+            "clip": pipeline.header["clip"], "mixed_precision": pipeline.precision}
 
 
 def pick_best(entries, photos, count):

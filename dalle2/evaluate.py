@@ -63,6 +63,7 @@ def parse_args():
     sample.add_argument("--sample_timesteps", type=int, nargs="+", help="steps: one number for "
                         "all, or the prior's and each stage's (None: the configs')")
     sample.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER)
+    cli.add_precision_flag(sample)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a "
                         "CPU, what fits on a GPU)")
@@ -104,7 +105,8 @@ def check_flags(args):
 def main():
     args, device, notes = parse_args(), cli.pick_device(), Notes()
     jobs = list_coco_jobs(args.test_annot_path, args.test_img_path, args.seed)
-    pipeline, output_dir = load_pipeline(args, device), Path(args.output_dir)
+    pipeline = load_pipeline(args, device, cli.resolve_precision(args.mixed_precision))
+    output_dir = Path(args.output_dir)
     runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
     with hold_lock(output_dir / ".lock", wait=False, told=UserError(
             f"--output_dir: another process writes to {output_dir}")):
@@ -162,7 +164,8 @@ def list_runs(args, pipeline):
     for cond_scale, prior_cond_scale, given in itertools.product(
             args.cond_scale or [first.cond_scale], args.prior_cond_scale or [prior.cond_scale],
             steps):
-        settings = {**files, "seed": args.seed, "sampler": args.sampler, "cond_scale": cond_scale,
+        settings = {**files, "seed": args.seed, "sampler": args.sampler,
+                    "mixed_precision": pipeline.precision, "cond_scale": cond_scale,
                     "prior_cond_scale": prior_cond_scale,
                     "sample_timesteps": pipeline.resolve_timesteps(given)}
         name = f"cond_{cond_scale:g}_prior_{prior_cond_scale:g}_steps_{tell_steps(settings)}"

@@ -55,8 +55,9 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
                           disable=not state.is_main_process or not todo,
                           mininterval=0.1 if sys.stderr.isatty() else 10):
             batch = todo[start:start + size]
-            images, scores = render_batch(pipeline, batch, from_photos, prior_options or {},
-                                          options or {})
+            with pipeline.use_precision():
+                images, scores = render_batch(pipeline, batch, from_photos, prior_options or {},
+                                              options or {})
             for job, image, score in zip(batch, images, scores):
                 save_image(image, output_dir / job["file"])
                 entry = {name: job[name] for name in ("file", "caption", "image_id", "seed")}

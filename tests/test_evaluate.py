@@ -122,7 +122,7 @@ def test_figures_files_and_resuming(evaluate, toy, clip_path, store_dir, tmp_pat
 
     # other settings are refused, naming the flag
     for name, value in (("cond_scale", 3), ("prior_cond_scale", 2), ("sample_timesteps", 3),
-                        ("seed", 1), ("sampler", "ddpm"),
+                        ("seed", 1), ("sampler", "ddpm"), ("mixed_precision", "bf16"),
                         ("test_annot_path", toy / "captions_val.json")):
         code, _, error = evaluate("--num_images", 20, f"--{name}", value)
         assert code == 2 and error.startswith(f"error: --{name}: ") and error.count("\n") == 1
