@@ -50,6 +50,7 @@ def parse_args():
     how.add_argument("--lowres_noise_level", type=cli.at_least(0), help="noise on the picture that "
                      "an upsampler enlarges, of 1000: the more, the more it invents")
     how.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
+    cli.add_precision_flag(how)
     how.add_argument("--thresholding", choices=THRESHOLDS, default="static",
                      help="of the decoder's estimates: clamped, or scaled a picture (Saharia 2022)")
     how.add_argument("--batch_size", type=cli.at_least(1),
@@ -67,7 +68,7 @@ def main():
     args = parse_args()
     check_flags(args)
     jobs = list_jobs(args)
-    pipeline = load_pipeline(args, cli.pick_device())
+    pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
     lowres_noise_level = pipeline.resolve_lowres_noise_level(args.lowres_noise_level)
     state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
@@ -140,7 +141,7 @@ def describe_settings(args, pipeline, sample_timesteps, lowres_noise_level):
             "init_from_true_embedding": args.init_from_true_embedding,
             "prior_ckpt": args.prior_ckpt, "prior_sha256": compute_digest(args.prior_ckpt),
             "decoder_ckpt": args.decoder_ckpt, "decoder_sha256": compute_digest(args.decoder_ckpt),
-            "clip": pipeline.header["clip"]}
+            "clip": pipeline.header["clip"], "mixed_precision": pipeline.precision}
 
 
 def pick_best(entries, photos, count):

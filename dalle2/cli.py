@@ -231,13 +231,31 @@ def pick_device():
         if torch.cuda.is_available() else torch.device("cpu")
 
 
+def resolve_precision(mixed_precision):
+    """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a GPU that computes
+    in it, fp16 on one that only emulates it (before Ampere), "no" without a GPU. UserError on fp16
+    without one."""
+    import torch
+    if not torch.cuda.is_available():
+        if mixed_precision == "fp16":
+            raise UserError("--mixed_precision: fp16 needs a GPU; give no or bf16")
+        return "no" if mixed_precision == "auto" else mixed_precision
+    if mixed_precision == "auto":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return mixed_precision
+
+
+def add_precision_flag(parser):
+    parser.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto",
+                        help="of the networks; auto: bf16 on a GPU that has it, fp16 on an older "
+                        "one, none on a CPU")
+
+
 def build_accelerator(mixed_precision):
-    """accelerate.Accelerator for the devices of this launch; "auto" is bf16 where CUDA has it."""
+    """accelerate.Accelerator for the devices of this launch and `resolve_precision`."""
     import torch
     from accelerate import Accelerator, DistributedType
-    if mixed_precision == "auto":
-        mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() \
-            else "no"
+    mixed_precision = resolve_precision(mixed_precision)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         torch.backends.cudnn.benchmark = True  # the fastest convolution of each shape

@@ -1,8 +1,9 @@
 """Scores a prior and a decoder over a COCO captions file: `python -m dalle2.evaluate`.
 
-Renders one picture a caption, 30,000 where the file has them, and compares the JPEG files with
-their captions and with the photos. Run again, it goes on where it stopped. With --sweep it does so
-on a few hundred pictures for every combination of guidance and steps that is given.
+Renders one picture a caption, 30,000 where the file has them, and compares the files (PNG: a JPEG
+would lose what the photos keep) with their captions and with the photos. Run again, it goes on
+where it stopped. With --sweep it does so on a few hundred pictures for every combination of
+guidance and steps that is given.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def parse_args():
     sample.add_argument("--lowres_noise_level", type=int, help="noise on the picture that an "
                         "upsampler enlarges, of 1000 (None: the configs')")
     sample.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER)
+    cli.add_precision_flag(sample)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a "
                         "CPU, what fits on a GPU)")
@@ -108,7 +110,8 @@ def check_flags(args):
 def main():
     args, device, notes = parse_args(), cli.pick_device(), Notes()
     jobs = list_coco_jobs(args.test_annot_path, args.test_img_path, args.seed)
-    pipeline, output_dir = load_pipeline(args, device), Path(args.output_dir)
+    pipeline = load_pipeline(args, device, cli.resolve_precision(args.mixed_precision))
+    output_dir = Path(args.output_dir)
     runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
     with hold_lock(output_dir / ".lock", wait=False, told=UserError(
             f"--output_dir: another process writes to {output_dir}")):
@@ -147,8 +150,8 @@ class Notes(list):
 def list_all_jobs(jobs, seed, samples_for_diversity):
     """`jobs` of list_coco_jobs with a "file" each, and behind them the further samples of the first
     captions."""
-    listed = [{**job, "file": f"images/{job['image_id']}.jpg"} for job in jobs]
-    return listed + [{**job, "file": f"diversity/{job['image_id']}_{sample}.jpg",
+    listed = [{**job, "file": f"images/{job['image_id']}.png"} for job in jobs]
+    return listed + [{**job, "file": f"diversity/{job['image_id']}_{sample}.png",
                       "seed": derive_seed(seed, index, sample) % 2 ** 31}
                      for index, job in enumerate(jobs[:NUM_DIVERSITY_CAPTIONS])
                      for sample in range(1, samples_for_diversity)]
@@ -166,7 +169,8 @@ def list_runs(args, pipeline):
     for cond_scale, prior_cond_scale, given in itertools.product(
             args.cond_scale or [first.cond_scale], args.prior_cond_scale or [prior.cond_scale],
             steps):
-        settings = {**files, "seed": args.seed, "sampler": args.sampler, "cond_scale": cond_scale,
+        settings = {**files, "seed": args.seed, "sampler": args.sampler,
+                    "mixed_precision": pipeline.precision, "cond_scale": cond_scale,
                     "prior_cond_scale": prior_cond_scale,
                     "num_candidates": args.num_candidates or prior.num_candidates,
                     "lowres_noise_level": pipeline.resolve_lowres_noise_level(

@@ -109,6 +109,6 @@ def _figure(number, entry, photo, nearest):
 def _small(title, image):
     """A picture (3, H, W) uint8 inside the page."""
     buffer = io.BytesIO()
-    TF.to_pil_image(image).save(buffer, "JPEG", quality=80)
+    TF.to_pil_image(image).save(buffer, "JPEG", quality=80, subsampling=0)
     return (f'<div><small>{title}</small><img alt="{title}" '
             f'src="data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"></div>')

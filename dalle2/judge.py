@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ class Judge:
     clip: FrozenClip
     told: dict              # which CLIP this is, which one conditions the pictures, if both are one
     inception: Callable | None
+    use_precision: Callable  # of the Pipeline: the context in which CLIP looks at pictures
 
     def embed_files(self, paths, told):
         """Photos of those of the picture files that can be read, each through load_image."""
@@ -40,7 +41,8 @@ class Judge:
                 if images:
                     rows += images
                     batch = torch.stack(list(images.values()))        # (B, 3, 256, 256), uint8
-                    embeds.append(self.clip.embed_image(batch))
+                    with self.use_precision():
+                        embeds.append(self.clip.embed_image(batch))
                     if self.inception is not None:
                         features.append(self.inception(batch))
         return Photos(torch.cat([part.to(self.clip.device) for part in embeds]),
@@ -79,7 +81,8 @@ def load_judge(args, pipeline, notes, device):
             if args.inception_weights:
                 raise
             notes.warn(f"no FID and no KID: {error}")
-    return Judge(clip, {"judge": told, "condition": condition, "same": same}, inception)
+    return Judge(clip, {"judge": told, "condition": condition, "same": same}, inception,
+                 pipeline.use_precision)
 
 
 @dataclass
@@ -134,7 +137,7 @@ def embed_train(args, judge, notes):
     """(T, D) of the train photos, from their store where one is named."""
     if not args.store_dir:
         records = load_captions(args.train_annot_path, args.train_img_path, "train")
-        return embed_photos(Judge(judge.clip, judge.told, None), [r.path for r in records],
+        return embed_photos(replace(judge, inception=None), [r.path for r in records],
                             "train", notes).embed
     store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
                           clip=lambda: judge.clip,

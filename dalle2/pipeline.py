@@ -1,5 +1,6 @@
 """A trained prior, decoder and their CLIP together: captions in, pictures out."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,20 @@ class Pipeline:
     unets: list             # networks, first stage first
     unet_configs: list[UnetConfig]
     header: dict            # of the prior's export
+    precision: str = "no"   # or "bf16", "fp16": what use_precision stands for
+
+    @contextlib.contextmanager
+    def use_precision(self):
+        """Within it networks compute in `precision`, and CUDA's other matrix products in TF32."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        before = torch.get_float32_matmul_precision()
+        if self.clip.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        try:
+            with torch.autocast(self.clip.device.type, dtype, enabled=dtype is not None):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def embed_captions(self, captions):
         """list of B strings -> text_embed (B, D), unit norm, and text_encodings (B, L, D), as the
@@ -99,7 +114,7 @@ class Pipeline:
         return [lowres_noise_level] * len(self.unet_configs[1:])
 
 
-def load_pipeline(args, device):
+def load_pipeline(args, device, precision="no"):
     """The Pipeline that the flags of `add_checkpoint_flags` name, on `device`.
 
     Raises UserError, naming the flag, where a file is missing, is of another kind, or prior,
@@ -117,7 +132,7 @@ def load_pipeline(args, device):
         for network in networks:
             network.compile()
     return Pipeline(clip, prior, prior_config, networks[1:],
-                    [unet_configs[n] for n in sorted(unet_configs)], header)
+                    [unet_configs[n] for n in sorted(unet_configs)], header, precision)
 
 
 def load_matching_clip(args, recorded, decoder_recorded, device):

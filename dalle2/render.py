@@ -11,7 +11,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from dalle2.data import load_captions, load_image
-from dalle2.images import make_unique_stems, save_jpeg
+from dalle2.images import make_unique_stems, save_image
 from dalle2.rng import derive_seed
 
 
@@ -32,11 +32,11 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
     """Renders what `output_dir` does not hold yet; the processes of a launch share the work.
 
     jobs: list of {"caption", "image_id", "photo", "seed"}, and "file" where it is not to be named
-    after its caption; settings: what the pictures depend on
-    besides, as JSON: pictures of other settings are rendered again; batch_size: None: 16 on a CPU,
-    256 on a GPU, halved where its memory does not suffice; from_photos: from the embedding of the
-    job's photo instead of its caption's; prior_options, options: of Pipeline.sample_image_embed
-    and Pipeline.sample_images. Returns a list of {"file", "caption", "image_id", "seed",
+    after its caption (.png or .jpg); settings: what the pictures depend on besides, as JSON:
+    pictures of other settings are rendered again; batch_size: None: 16 on a CPU, 256 on a GPU,
+    halved where its memory does not suffice; from_photos: from the embedding of the job's photo
+    instead of its caption's; prior_options, options: of Pipeline.sample_image_embed and
+    Pipeline.sample_images. Returns a list of {"file", "caption", "image_id", "seed",
     "clip_score"} in the order of `jobs`.
     """
     state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
@@ -55,10 +55,11 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
                           disable=not state.is_main_process or not todo,
                           mininterval=0.1 if sys.stderr.isatty() else 10):
             batch = todo[start:start + size]
-            images, scores = render_batch(pipeline, batch, from_photos, prior_options or {},
-                                          options or {})
+            with pipeline.use_precision():
+                images, scores = render_batch(pipeline, batch, from_photos, prior_options or {},
+                                              options or {})
             for job, image, score in zip(batch, images, scores):
-                save_jpeg(image, output_dir / job["file"])
+                save_image(image, output_dir / job["file"])
                 entry = {name: job[name] for name in ("file", "caption", "image_id", "seed")}
                 file.write(json.dumps({"digest": digest, **entry, "clip_score": score}) + "\n")
             file.flush()

@@ -4,10 +4,12 @@ import argparse
 import re
 
 import pytest
+import torch
 from helpers import TOY, check_refused, write_checkpoints, write_clip, write_decoder
 
 from dalle2 import cli
 from dalle2.checkpoint import read_export_header
+from dalle2.config import UserError
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,15 @@ def test_defaults_are_those_of_the_readme(run_script):
     for script in ("train_prior.py", "train_decoder.py", "test_dalle2.py"):
         code, out, _ = run_script(script, "--help")
         assert code == 0 and "--output_dir" in out
+
+
+@pytest.mark.parametrize("capability, given, resolved", [
+    ((8, 0), "auto", "bf16"), ((7, 5), "auto", "fp16"), ((7, 5), "bf16", "bf16"),
+    (None, "auto", "no"), (None, "bf16", "bf16")])
+def test_precision_is_what_the_gpu_computes_in(monkeypatch, capability, given, resolved):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert cli.resolve_precision(given) == resolved
+    if capability is None:
+        with pytest.raises(UserError, match="--mixed_precision: fp16 needs a GPU"):
+            cli.resolve_precision("fp16")

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle2.images import make_file_stem, make_unique_stems, save_jpeg, to_uint8
+from dalle2.images import make_file_stem, make_unique_stems, save_image, save_jpeg, to_uint8
 
 
 def test_bytes_are_clamped_and_do_not_wrap_around():
@@ -32,3 +33,13 @@ def test_jpegs_have_the_right_size_and_colors(tmp_path):
     saved = Image.open(tmp_path / "x.jpg")
     assert saved.size == (256, 256) and saved.format == "JPEG"
     assert saved.getpixel((100, 100))[0] > 250 and saved.getpixel((100, 100))[1] < 5
+
+
+def test_stripes_of_one_pixel_keep_their_colors(tmp_path):
+    """Subsampled, as Pillow's JPEGs are, red and blue stripes are violet."""
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[0, :, ::2] = stripes[2, :, 1::2] = 200
+    for name, error in (("x.jpg", 12), ("x.png", 0)):
+        save_image(stripes, tmp_path / name)
+        saved = torch.from_numpy(np.array(Image.open(tmp_path / name))).permute(2, 0, 1)
+        assert (saved.int() - stripes.int()).abs().max() <= error

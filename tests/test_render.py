@@ -1,11 +1,14 @@
 """Rendering a list of captions into a folder: what is there is not rendered again."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dalle2.images import save_jpeg
+from dalle2.judge import Judge
+from dalle2.pipeline import Pipeline
 from dalle2.render import read_records, render_jobs
 
 
@@ -15,6 +18,7 @@ class FakePipeline:
     def __init__(self, fails_after=None, memory=None):
         self.batches, self.fails_after, self.memory = [], fails_after, memory
         self.clip = SimpleNamespace(device=torch.device("cpu"))
+        self.precision, self.use_precision = "no", nullcontext
 
     def embed_images(self, images):
         return torch.eye(4)[:1].repeat(len(images), 1)
@@ -78,3 +82,15 @@ def test_a_batch_too_large_for_the_memory_is_halved(tmp_path):
     assert pipeline.batches == [[0], [1, 2], [3, 4], [5, 6]] and len(entries) == 7
     with pytest.raises(torch.cuda.OutOfMemoryError):
         render_jobs(FakePipeline(memory=0.5), JOBS, tmp_path / "b", {})
+
+
+def test_pictures_are_drawn_and_judged_in_the_precision_asked_for(tmp_path):
+    weight, seen = torch.ones(4, 4), []
+    clip = SimpleNamespace(device=torch.device("cpu"), embed_dim=4, embed_image=lambda images: (
+        seen.append((weight @ weight).dtype), torch.eye(4)[:1].repeat(len(images), 1))[1])
+    real, fake = Pipeline(clip, None, None, [], [], {}, precision="bf16"), FakePipeline()
+    fake.use_precision, draw = real.use_precision, fake.sample_images
+    fake.sample_images = lambda embed, seeds: (clip.embed_image(embed), draw(embed, seeds))[1]
+    render_jobs(fake, JOBS[:1], tmp_path, {})
+    Judge(clip, {}, None, real.use_precision).embed_files([tmp_path / "caption 0.jpg"], "")
+    assert seen == [torch.bfloat16] * 2 and (weight @ weight).dtype == torch.float32
