@@ -9,8 +9,8 @@ import torch
 from accelerate import PartialState
 
 from dalle2 import cli
-from dalle2.config import UserError
 from dalle2.data import load_image
+from dalle2.errors import UserError
 from dalle2.files import replace_file
 from dalle2.gallery import write_gallery
 from dalle2.images import arrange, save_jpeg
@@ -98,7 +98,7 @@ def main():
 
 def check_flags(args):
     if bool(args.train_img_path) != bool(args.train_annot_path):
-        raise UserError("--train_img_path: needed with --train_annot_path, and the other way round")
+        raise UserError("needed with --train_annot_path, and the other way round", "train_img_path")
 
 
 def list_jobs(args):
@@ -106,7 +106,7 @@ def list_jobs(args):
     prompts = [(prompt, "--prompt") for prompt in args.prompt or []]
     if args.prompt_file:
         if not os.path.isfile(args.prompt_file):
-            raise UserError(f"--prompt_file: no such file: {args.prompt_file}")
+            raise UserError(f"no such file: {args.prompt_file}", "prompt_file")
         lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
         prompts += [(line, "--prompt_file") for line in lines if line.strip()]
     for prompt, flag in prompts:
@@ -115,16 +115,16 @@ def list_jobs(args):
     jobs = [{"caption": prompt.strip(), "image_id": None, "photo": None} for prompt, _ in prompts]
     if args.test_annot_path:
         if not args.test_img_path:
-            raise UserError("--test_img_path: needed with --test_annot_path")
+            raise UserError("needed with --test_annot_path", "test_img_path")
         jobs += list_coco_jobs(args.test_annot_path, args.test_img_path, args.seed, args.num_images)
     elif args.test_img_path:
-        raise UserError("--test_annot_path: needed with --test_img_path")
+        raise UserError("needed with --test_img_path", "test_annot_path")
     if not jobs:
-        raise UserError("--prompt: nothing to render; give --prompt, --prompt_file or "
-                        "--test_annot_path with --test_img_path")
+        raise UserError("nothing to render; give --prompt, --prompt_file or "
+                        "--test_annot_path with --test_img_path", "prompt")
     if args.init_from_true_embedding and any(job["photo"] is None for job in jobs):
-        raise UserError("--init_from_true_embedding: a prompt has no photo; give --test_annot_path "
-                        "and --test_img_path alone")
+        raise UserError("a prompt has no photo; give --test_annot_path "
+                        "and --test_img_path alone", "init_from_true_embedding")
     jobs = [job for job in jobs for _ in range(args.samples_per_prompt)]
     return [{**job, "seed": derive_seed(args.seed, index) % 2 ** 31}
             for index, job in enumerate(jobs)]

@@ -22,12 +22,12 @@ warnings.filterwarnings("ignore")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 
 from dalle2.cli import build_accelerator  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
 from dalle2.data import Store, draw_indexes  # noqa: E402
 from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
-from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
 from dalle2.rng import BatchRandom  # noqa: E402
 from dalle2.train_loop import TrainState  # noqa: E402

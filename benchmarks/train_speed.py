@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 from dalle2_pytorch import (  # noqa: E402
     Decoder,
     DecoderTrainer,
@@ -43,7 +44,6 @@ from dalle2 import cli  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
 from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.fast_modules import restore_modules  # noqa: E402
-from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
 from dalle2.train_loop import TrainState  # noqa: E402
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from dalle2 import cli
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.images import to_uint8
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
@@ -185,8 +185,8 @@ def check_port(host, port):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise UserError(f"--port: cannot listen on {host}:{port} ({error}); "
-                        "give another --port") from error
+        raise UserError(f"cannot listen on {host}:{port} ({error}); "
+                        "give another --port", "port") from error
 
 
 if __name__ == "__main__":

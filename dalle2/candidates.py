@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from dalle2.checkpoint import load_export, read_export_header, save_export
-from dalle2.config import PriorConfig, UnetConfig, UserError, config_from_dict
+from dalle2.config import PriorConfig, UnetConfig, config_from_dict
 from dalle2.ema import list_snapshots, solve_weights, synthesize
+from dalle2.errors import UserError
 from dalle2.files import hold_lock
 from dalle2.models import build_prior, build_unet
 from dalle2.sampling import sample_image_embed, sample_images
@@ -43,11 +44,11 @@ def open_run(folder):
     try:
         header = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"--run_dir: {folder} holds no config.json of a run") from None
+        raise UserError(f"{folder} holds no config.json of a run", "run_dir") from None
     number = re.fullmatch(r"unet([1-9]\d*)", folder.name)
     is_prior = "max_text_len" in header.get("config", {})
     if not is_prior and not (number and "lowres_size" in header):
-        raise UserError(f"--run_dir: {folder} is the run of neither a prior nor a decoder's stage")
+        raise UserError(f"{folder} is the run of neither a prior nor a decoder's stage", "run_dir")
     return Run(folder, header, 0 if is_prior else int(number[1]))
 
 
@@ -57,8 +58,8 @@ def list_candidates(args, run):
     """
     kept = sorted({step for step, _ in list_snapshots(run.folder)})
     for step in set(args.steps or ()) - set(kept):
-        raise UserError(f"--steps: {run.folder} has no averages of step {step}, only of "
-                        f"{', '.join(map(str, kept)) or 'none'}")
+        raise UserError(f"{run.folder} has no averages of step {step}, only of "
+                        f"{', '.join(map(str, kept)) or 'none'}", "steps")
     candidates = []
     for step in sorted(set(args.steps or kept))[-args.last_steps:]:  # -0: all
         snapshots = list_snapshots(run.folder, step)
@@ -74,7 +75,7 @@ def list_candidates(args, run):
             candidates.append({"step": record["step"], "sigma_rel": None, "export": path.name,
                                "mismatch": None, "sources": [path]})
     if not candidates:
-        raise UserError(f"--run_dir: {run.folder} has neither averages nor an export")
+        raise UserError(f"{run.folder} has neither averages nor an export", "run_dir")
     return candidates
 
 
@@ -96,7 +97,7 @@ def write_chosen(run, best, metric):
     if best["export"] == run.export.name:
         return print(f"{run.export} holds the best already")
     with hold_lock(run.folder / ".lock", wait=False, told=UserError(
-            f"--write: {run.folder} is in use by another process")):
+            f"{run.folder} is in use by another process", "write")):
         record = {"step": best["step"], "chosen": {
             "step": best["step"], "sigma_rel": best["sigma_rel"], "metric": metric,
             "score": best["score"]}}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.files import replace_file
 
 HEADER_KEY = "dalle2"
@@ -40,7 +40,7 @@ def save_checkpoint(folder, state, must=False, keep=2):
         told = (f"{path} could not be written ({str(error).splitlines()[0]}); the last good "
                 f"checkpoint is {left[-1].name if left else 'none'}")
         if must:
-            raise UserError(f"--output_dir: {told}; make room and run the same command") from error
+            raise UserError(f"{told}; make room and run the same command", "output_dir") from error
         tqdm.write(f"warning: {told}")
         return
     for path in sorted(folder.glob("step_*.pt"))[:-keep]:

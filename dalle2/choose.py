@@ -23,8 +23,8 @@ from dalle2.candidates import (
     write_chosen,
 )
 from dalle2.clip import compute_fingerprint, load_clip
-from dalle2.config import UserError
 from dalle2.ema import MAX_SIGMA_REL
+from dalle2.errors import UserError
 from dalle2.files import replace_file
 from dalle2.images import to_uint8
 from dalle2.pipeline import load_matching_clip
@@ -71,7 +71,7 @@ def parse_args():
             if not low <= number <= high:
                 raise UserError(f"--{name}: {number} is not between {low} and {high:g}")
     if args.judge_clip_model and not args.judge_clip_pretrained:
-        raise UserError("--judge_clip_pretrained: needed with --judge_clip_model")
+        raise UserError("needed with --judge_clip_model", "judge_clip_pretrained")
     return args
 
 
@@ -90,7 +90,7 @@ def main():
                           clip=load_own_clip, fingerprint=clip["fingerprint"],
                           max_images=args.num_images or (200 if run.unet_number else 1000))
     if len(store) < MIN_IMAGES:
-        raise UserError(f"--val_annot_path: {MIN_IMAGES} pictures are needed, not {len(store)}")
+        raise UserError(f"{MIN_IMAGES} pictures are needed, not {len(store)}", "val_annot_path")
 
     # ---- scores that are not known yet
     settings = {"metric": metric, "features": features, "pictures": len(store), "seed": args.seed,

@@ -238,7 +238,7 @@ def resolve_precision(mixed_precision):
     import torch
     if not torch.cuda.is_available():
         if mixed_precision == "fp16":
-            raise UserError("--mixed_precision: fp16 needs a GPU; give no or bf16")
+            raise UserError("fp16 needs a GPU; give no or bf16", "mixed_precision")
         return "no" if mixed_precision == "auto" else mixed_precision
     if mixed_precision == "auto":
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"

@@ -13,7 +13,8 @@ import torch
 
 from dalle2 import cli
 from dalle2.checkpoint import read_export_header, save_export
-from dalle2.config import PRESETS, PriorConfig, UserError, config_to_dict
+from dalle2.config import PRESETS, PriorConfig, config_to_dict
+from dalle2.errors import UserError
 from dalle2.files import replace_file
 from dalle2.models import (
     build_prior,
@@ -46,8 +47,8 @@ def main():
     try:
         state = find_state(torch.load(args.input, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise UserError(f"--input: {args.input} is no file of tensors "
-                        f"({str(error).splitlines()[0]})") from error
+        raise UserError(f"{args.input} is no file of tensors "
+                        f"({str(error).splitlines()[0]})", "input") from error
     clip = cli.ClipSource(args.clip_model, args.clip_pretrained)
     header = {"embed_dim": clip.load().embed_dim,
               "clip": clip.describe(Path(args.output).parent or ".")}
@@ -64,11 +65,11 @@ def convert_to_stock(path, kind):
     if kind == "decoder":
         unets, configs, header = load_decoder(path, "--input")
         if len(unets) < len(header["stages"]):
-            raise UserError(f"--input: {path} holds {len(unets)} of {len(header['stages'])} stages")
+            raise UserError(f"{path} holds {len(unets)} of {len(header['stages'])} stages", "input")
         order = sorted(unets)
         return build_stock_decoder([unets[n] for n in order],
                                    [configs[n] for n in order]).state_dict()
-    raise UserError(f"--input: {path} is a {kind}, not a prior or decoder")
+    raise UserError(f"{path} is a {kind}, not a prior or decoder", "input")
 
 
 def find_state(loaded):
@@ -99,16 +100,16 @@ def convert_from_stock(state, header, preset):
                         if not name.startswith("noise_scheduler.")}
         config, embed_dim = read_prior_config(kept, preset.prior)
         if embed_dim != header["embed_dim"]:
-            raise UserError(f"--clip_model: its embeddings have {header['embed_dim']} numbers, the "
-                            f"prior's {embed_dim}")
+            raise UserError(f"its embeddings have {header['embed_dim']} numbers, the "
+                            f"prior's {embed_dim}", "clip_model")
         network = torch.nn.Module()
         network.net = build_prior(config, embed_dim)
         kind, header = "prior", {**header, "config": config_to_dict(config), "step": 0}
     try:
         network.load_state_dict(kept)
     except RuntimeError as error:
-        raise UserError("--input: the weights do not fit: "
-                        + " ".join(str(error).split())[:300]) from error
+        raise UserError("the weights do not fit: "
+                        + " ".join(str(error).split())[:300], "input") from error
     return kind, header, kept
 
 
@@ -121,8 +122,8 @@ def read_prior_config(state, base: PriorConfig):
         inner = state["net.causal_transformer.layers.0.0.to_q.weight"].shape[0]
         max_text_len, embed_dim = state["net.null_text_encodings"].shape[1:]
     except (KeyError, ValueError) as error:
-        raise UserError(f"--input: neither a prior nor a decoder of dalle2-pytorch ({error} is "
-                        "missing)") from error
+        raise UserError(f"neither a prior nor a decoder of dalle2-pytorch ({error} is "
+                        "missing)", "input") from error
     return replace(base, depth=len(layers), heads=heads, dim_head=inner // heads,
                    max_text_len=max_text_len,
                    normformer="net.causal_transformer.layers.0.1.3.g" in state,

@@ -9,8 +9,6 @@ import io
 import json
 import math
 import os
-import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,18 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pycocotools.coco import COCO
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as TF
 
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.files import build_once, read_source
 from dalle2.rng import derive_seed
-
-STORE_IMAGE_SIZE = 256
-MAX_PIXELS = 100_000_000  # of a photo; a larger one is taken for a decompression bomb
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -68,43 +59,6 @@ def load_captions(annot_path, img_path, split="train", max_images=None):
         raise UserError(f"--{split}_img_path: {img_path} holds none of the first pictures that "
                         f"{annot_path} names, such as {os.path.basename(records[0].path)}")
     return records
-
-
-# ----------------------------------------------------------------------------------------------
-# geometry
-
-
-def load_image(path, size=STORE_IMAGE_SIZE):
-    """A picture file as uint8 (3, size, size): turned as its EXIF says, RGB, short side resized to
-    `size` with an antialiased filter, centre crop. Raises OSError or ValueError where it cannot."""
-    try:
-        with Image.open(path) as image:  # reads the header only
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):  # torchvision: 2 to 5 times
-                pixels = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-            else:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    return resize_and_crop(pixels, size)
-
-
-def resize_and_crop(image, size):
-    """uint8 (3, H, W) -> (3, size, size): short side to `size` (bicubic, antialiased), centre."""
-    short = min(image.shape[-2:])
-    image = TF.center_crop(image, [min(side, 8 * short) for side in image.shape[-2:]])
-    shape = [size * side // short for side in image.shape[-2:]]  # as torchvision's Resize
-    return TF.center_crop(resize(image, shape), [size, size])
-
-
-def resize(image, size):
-    """Resizes (..., 3, H, W) to `size`, a side or [height, width], bicubic with antialiasing."""
-    size = [size, size] if isinstance(size, int) else list(size)
-    if list(image.shape[-2:]) == size:
-        return image
-    return TF.resize(image, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -218,40 +172,6 @@ class JpegImages:
 
     def _read(self, index):
         return self.stream[self.start[index]:self.start[index + 1]].tobytes()
-
-
-def decode_jpeg(content):
-    """bytes of a JPEG file -> (H, W, 3) uint8."""
-    import simplejpeg  # here, since a store of uint8 needs it not
-    return simplejpeg.decode_jpeg(content)
-
-
-RESTART_MARKER = re.compile(b"\xff[\xd0-\xd7]")
-
-
-def cut_jpeg(content, top, bottom):
-    """(bytes of a JPEG file of the rows that hold rows `top` to `bottom`, the rows above it).
-
-    Where a restart marker ends each row of blocks, the file can be cut there without decoding it
-    (ITU-T T.81, B.2.1): the height in its header changes, the markers are numbered anew. A row of
-    pixels more on either side is kept, which smooths the colors of those within. A file without
-    the markers comes back whole.
-    """
-    scan = content.index(b"\xff\xda")
-    scan += 2 + int.from_bytes(content[scan + 2:scan + 4], "big")
-    ends = [marker.end() for marker in RESTART_MARKER.finditer(content, scan)]
-    if not ends:
-        return content, 0
-    bounds = [scan, *ends, len(content)]
-    height = STORE_IMAGE_SIZE // (len(bounds) - 1)  # of a row of blocks, pixels
-    first, last = max(0, top - 1) // height, min(bottom, STORE_IMAGE_SIZE - 1) // height
-    frame = content.index(b"\xff\xc0") + 5  # where the height stands
-    parts = [content[:frame], (height * (last - first + 1)).to_bytes(2, "big"),
-             content[frame + 2:scan]]
-    for number in range(first, last + 1):
-        parts += [content[bounds[number]:bounds[number + 1] - 2],
-                  b"\xff\xd9" if number == last else bytes((0xff, 0xd0 + (number - first) % 8))]
-    return b"".join(parts), first * height
 
 
 def load_pictures(store, size, device):

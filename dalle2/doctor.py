@@ -20,8 +20,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2 import cli
-from dalle2.config import PRESETS, UserError
+from dalle2.config import PRESETS
 from dalle2.data import STORE_IMAGE_SIZE, load_captions, load_image
+from dalle2.errors import UserError
 from dalle2.metrics import compute_recall
 from dalle2.models import build_prior, build_unet
 from dalle2.optimizer import build_optimizers

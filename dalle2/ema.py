@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dalle2.checkpoint import load_export, save_export
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.sharding import scatter_like
 
 SIGMA_RELS = 0.05, 0.1  # tracked in training, as in EDM2
@@ -125,7 +125,7 @@ def synthesize(run_dir, step, sigma_rel):
     damaged."""
     snapshots, state = list_snapshots(run_dir, step), {}
     if not snapshots:
-        raise UserError(f"--run_dir: {run_dir} holds no averages up to step {step}")
+        raise UserError(f"{run_dir} holds no averages up to step {step}", "run_dir")
     weights, _ = solve_weights(list(snapshots), step, sigma_rel)
     for path, weight in zip(snapshots.values(), weights.tolist()):
         if abs(weight) < NEGLIGIBLE:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dalle2 import cli, metrics
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
 from dalle2.judge import Photos, embed_captions, embed_photos, embed_train, load_judge
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
@@ -114,7 +114,7 @@ def main():
     output_dir = Path(args.output_dir)
     runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
     with hold_lock(output_dir / ".lock", wait=False, told=UserError(
-            f"--output_dir: another process writes to {output_dir}")):
+            f"another process writes to {output_dir}", "output_dir")):
         for folder, settings in runs:
             claim_folder(folder, settings)
         captions = embed_captions(judge, jobs, args.num_images)
@@ -224,7 +224,7 @@ def score_folder(judge, jobs, folder, settings, captions, photos):
     first = min(NUM_DIVERSITY_CAPTIONS, count)
     everything = judge.embed_files([folder / job["file"] for job in jobs], "pictures")
     for row in set(range(len(jobs))) - set(everything.rows):
-        raise UserError(f"--output_dir: {folder / jobs[row]['file']} cannot be read; delete it")
+        raise UserError(f"{folder / jobs[row]['file']} cannot be read; delete it", "output_dir")
     embed, more = everything.embed[:count], everything.embed[count:]
     features = None if everything.features is None else everything.features[:count]
     cosine = (embed * captions.text_embed[captions.own]).sum(-1).tolist()

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from dalle2 import cli
-from dalle2.config import UserError
 from dalle2.data import STORE_IMAGE_SIZE, load_image, resize
 from dalle2.diffusion import build_diffusion
+from dalle2.errors import UserError
 from dalle2.images import arrange, make_file_stem, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
@@ -87,7 +87,7 @@ def check_args(args):
     """Raises UserError, naming the flag, where a value makes no sense."""
     count = 2 if args.command in TWO_PHOTOS else 1
     if len(args.photo) != count:
-        raise UserError(f"--photo: {args.command} takes {count}, {len(args.photo)} given")
+        raise UserError(f"{args.command} takes {count}, {len(args.photo)} given", "photo")
     least = 1 if args.command == "variations" else 2
     for name, low, high in (("num", least, 1000), ("sample_timesteps", 2, 1000), ("eta", 0, 1),
                             ("theta", 0, 1), ("cond_scale", 0, 1000)):
@@ -98,17 +98,17 @@ def check_args(args):
         if not getattr(args, f"{flag}_caption", "none").strip():
             raise UserError(f"--{flag}: the caption is empty")
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise UserError(f"--output_dir: {args.output_dir} is no folder")
+        raise UserError(f"{args.output_dir} is no folder", "output_dir")
 
 
 def load_photo(path):
     """(3, 256, 256) uint8; UserError where there is no such picture."""
     if not os.path.isfile(path):
-        raise UserError(f"--photo: no such file: {path}")
+        raise UserError(f"no such file: {path}", "photo")
     try:
         return load_image(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--photo: {path}: {error}") from error
+        raise UserError(f"{path}: {error}", "photo") from error
 
 
 # ----------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dalle2 import metrics
 from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
-from dalle2.config import UserError
 from dalle2.data import load_captions, load_image
+from dalle2.errors import UserError
 from dalle2.prepare import prepare_store
 
 NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 99, 64

@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-from dalle2.config import UserError
+from dalle2.errors import UserError
 
 
 class MetricsLog:
@@ -51,7 +51,7 @@ def _open_tracker(log_with, run_dir, step, config):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("--log_with: wandb is not installed (pip install wandb)") from error
+            raise UserError("wandb is not installed (pip install wandb)", "log_with") from error
         run = wandb.init(project="dalle2", name=str(run_dir), dir=run_dir, config=config,
                          id="-".join(run_dir.absolute().parts[1:])[-120:], resume="allow")
         return (lambda values, step: run.log(values, step=step)), run.finish

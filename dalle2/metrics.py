@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dalle2.config import UserError
+from dalle2.errors import UserError
 
 
 def compute_recall(queries, targets, ks):
@@ -161,9 +161,9 @@ def load_inception(path=None, device="cpu", timeout=10):
     if path is None and not file.is_file():
         _download_inception(file, timeout)
     if not file.is_file():
-        raise UserError(f"--inception_weights: no such file: {file}")
+        raise UserError(f"no such file: {file}", "inception_weights")
     if not hashlib.sha256(file.read_bytes()).hexdigest().startswith(INCEPTION_SHA256):
-        raise UserError(f"--inception_weights: {file} is not the Inception-v3 of {INCEPTION_URL}")
+        raise UserError(f"{file} is not the Inception-v3 of {INCEPTION_URL}", "inception_weights")
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file)).to(device)
     return lambda image: network(image.to(device))[0].cpu()
 

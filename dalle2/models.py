@@ -16,11 +16,11 @@ from dalle2.checkpoint import (
 from dalle2.config import (
     PriorConfig,
     UnetConfig,
-    UserError,
     config_from_dict,
     config_to_dict,
     validate_config,
 )
+from dalle2.errors import UserError
 from dalle2.fast_modules import library, restore_modules, swap_modules
 from dalle2.files import hold_lock
 
@@ -54,7 +54,7 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
                             f"{len(config.dim_mults)} resolutions need")
     cond_dim = config.cond_dim or config.dim
     if is_first and cond_dim == image_embed_dim:  # the library would make no tokens
-        raise UserError(f"--preset: cond_dim {cond_dim} needs a CLIP of another embedding size")
+        raise UserError(f"cond_dim {cond_dim} needs a CLIP of another embedding size", "preset")
     kernel = config.init_conv_kernel_size
     unet = library.Unet(
         dim=config.dim, dim_mults=config.dim_mults, image_embed_dim=image_embed_dim,

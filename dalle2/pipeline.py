@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
-from dalle2.config import PriorConfig, UnetConfig, UserError
+from dalle2.config import PriorConfig, UnetConfig
+from dalle2.errors import UserError
 from dalle2.models import load_decoder, load_prior
 from dalle2.sampling import GROUP, SAMPLER, call_in_groups, sample_image_embed, sample_images
 
@@ -93,13 +94,13 @@ class Pipeline:
         given = list(sample_timesteps or [None])
         given = given * len(configs) if len(given) == 1 else given
         if len(given) != len(configs):
-            raise UserError(f"--sample_timesteps: one number, or {len(configs)}: the prior's and "
-                            f"those of {len(self.unets)} stages")
+            raise UserError(f"one number, or {len(configs)}: the prior's and "
+                            f"those of {len(self.unets)} stages", "sample_timesteps")
         steps = [n or config.sample_timesteps for n, config in zip(given, configs)]
         for number, config in zip(steps, configs):
             if number > config.timesteps:
-                raise UserError(f"--sample_timesteps: {number} is more than the "
-                                f"{config.timesteps} of training")
+                raise UserError(f"{number} is more than the "
+                                f"{config.timesteps} of training", "sample_timesteps")
         return steps
 
     def resolve_lowres_noise_level(self, lowres_noise_level):
@@ -109,8 +110,8 @@ class Pipeline:
             return [config.lowres_noise_level for config in self.unet_configs[1:]]
         for config in self.unet_configs[1:]:
             if lowres_noise_level > config.lowres_noise_max_level:
-                raise UserError(f"--lowres_noise_level: {lowres_noise_level} is more than the "
-                                f"{config.lowres_noise_max_level} of training")
+                raise UserError(f"{lowres_noise_level} is more than the "
+                                f"{config.lowres_noise_max_level} of training", "lowres_noise_level")
         return [lowres_noise_level] * len(self.unet_configs[1:])
 
 
@@ -124,8 +125,8 @@ def load_pipeline(args, device, precision="no"):
     unets, unet_configs, decoder_header = load_decoder(args.decoder_ckpt)
     missing = [n for n in range(1, len(decoder_header["stages"]) + 1) if n not in unets]
     if missing:
-        raise UserError(f"--decoder_ckpt: stage {missing[0]} is not trained yet: "
-                        f"sh scripts/train_decoder.sh --unet_number {missing[0]}")
+        raise UserError(f"stage {missing[0]} is not trained yet: "
+                        f"sh scripts/train_decoder.sh --unet_number {missing[0]}", "decoder_ckpt")
     clip = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
     networks = [prior.to(device), *(unets[n].to(device) for n in sorted(unets))]
     if args.compile:
@@ -138,9 +139,9 @@ def load_pipeline(args, device, precision="no"):
 def load_matching_clip(args, recorded, decoder_recorded, device):
     """The FrozenClip that both checkpoints were trained with; UserError where it is another."""
     if recorded["fingerprint"] != decoder_recorded["fingerprint"]:
-        raise UserError("--decoder_ckpt: prior and decoder were trained with different CLIPs "
+        raise UserError("prior and decoder were trained with different CLIPs "
                         f"({recorded['clip_pretrained']} {recorded['fingerprint']}, "
-                        f"{decoder_recorded['clip_pretrained']} {decoder_recorded['fingerprint']})")
+                        f"{decoder_recorded['clip_pretrained']} {decoder_recorded['fingerprint']})", "decoder_ckpt")
     pretrained = args.clip_pretrained
     if pretrained is None:
         beside = Path(args.prior_ckpt).parent / recorded["relative_path"]
@@ -149,8 +150,8 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
     clip = load_clip(args.clip_model or recorded["clip_model"], pretrained, device)
     fingerprint = compute_fingerprint(clip)
     if fingerprint != recorded["fingerprint"]:
-        raise UserError(f"--clip_pretrained: {pretrained} ({fingerprint}) is not the CLIP that the "
-                        f"checkpoints were trained with ({recorded['fingerprint']})")
+        raise UserError(f"{pretrained} ({fingerprint}) is not the CLIP that the "
+                        f"checkpoints were trained with ({recorded['fingerprint']})", "clip_pretrained")
     return clip
 
 

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import UnidentifiedImageError
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from dalle2.config import UserError
 from dalle2.data import STORE_IMAGE_SIZE, Store, find_image_format, load_captions, load_image
+from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once
 
 BYTES_A_PICTURE = {"uint8": 3 * STORE_IMAGE_SIZE ** 2, "jpeg": 36_000}  # the latter: COCO's mean
@@ -51,11 +50,11 @@ def prepare_store(img_path, annot_path, store_dir, *, split="train", clip=None, 
         progress=progress))
     store = Store(folder)
     if image_format not in (None, store.image_format):
-        raise UserError(f"--image_format: {folder} holds {store.image_format} already; delete it "
-                        "or choose another --store_dir")
+        raise UserError(f"{folder} holds {store.image_format} already; delete it "
+                        "or choose another --store_dir", "image_format")
     if strict and len(store) < len(records):
-        raise UserError(f"--strict: {folder} was made with {len(records) - len(store)} of "
-                        f"{len(records)} pictures left out; delete it and mend them")
+        raise UserError(f"{folder} was made with {len(records) - len(store)} of "
+                        f"{len(records)} pictures left out; delete it and mend them", "strict")
     if clip is None:
         return store
     embed_folder = build_once(
@@ -89,7 +88,7 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
             blocks, note = [], []
             for record, (block, reason) in zip(chunk, results):
                 if reason and strict:
-                    raise UserError(f"--strict: {record.path}: {reason}")
+                    raise UserError(f"{record.path}: {reason}", "strict")
                 if reason:
                     tqdm.write(f"warning: {record.path} is left out ({reason})")
                 blocks.append(block)
@@ -120,13 +119,6 @@ def _read_picture(record, image_format):
     except (OSError, ValueError) as error:
         return b"", str(error)
     return encode_jpeg(image) if image_format == "jpeg" else image.numpy().tobytes(), ""
-
-
-def encode_jpeg(image):
-    """image (3, H, W) uint8 -> bytes of a JPEG file that `dalle2.data.cut_jpeg` can cut."""
-    content = io.BytesIO()
-    TF.to_pil_image(image).save(content, "JPEG", quality=JPEG_QUALITY, restart_marker_rows=1)
-    return content.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -200,8 +192,8 @@ def announce(folder, what, num_bytes, progress=True):
     """Says how much disk `what` will take; UserError where there is less."""
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
-        raise UserError(f"--store_dir: {what} need {num_bytes / 1e9:.1f} GB in {folder.parent}, "
-                        f"{free / 1e9:.1f} GB are free")
+        raise UserError(f"{what} need {num_bytes / 1e9:.1f} GB in {folder.parent}, "
+                        f"{free / 1e9:.1f} GB are free", "store_dir")
     if progress:
         print(f"{folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
 

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
-from dalle2.config import UserError
 from dalle2.ema import PowerAverages, save_snapshot
+from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
 from dalle2.images import save_jpeg
 from dalle2.logger import MetricsLog
@@ -75,7 +75,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if is_main:
             stack.enter_context(hold_lock(run_dir / ".lock", wait=False, told=UserError(
-                f"--output_dir: {run_dir} is in use by another process")))
+                f"{run_dir} is in use by another process", "output_dir")))
         stop = stack.enter_context(catch_signals())
         stack.enter_context(explain_memory(can_split))
         trained = TrainState(module, c, accelerator, list_blocks, can_split)
@@ -392,8 +392,8 @@ def find_own_rows(batch_size, accelerator):
 def count_rows(batch_size, num_processes):
     """Rows of a global batch for one process; UserError where it does not divide."""
     if batch_size % num_processes:
-        raise UserError(f"--batch_size: {batch_size} does not divide among {num_processes} "
-                        "processes")
+        raise UserError(f"{batch_size} does not divide among {num_processes} "
+                        "processes", "batch_size")
     return batch_size // num_processes
 
 
@@ -456,9 +456,9 @@ def count_bad_steps(rows, before, run_dir):
         if not finite:
             row["skipped"] = True
         if before == MAX_BAD_STEPS:
-            raise UserError(f"--lr: {run_dir}: no finite gradient in {before} steps up to step "
+            raise UserError(f"{run_dir}: no finite gradient in {before} steps up to step "
                             f"{row['step']}; a lower learning rate, a longer warm-up or "
-                            "--mixed_precision no or bf16 may help. The last checkpoint is kept")
+                            "--mixed_precision no or bf16 may help. The last checkpoint is kept", "lr")
     return before
 
 
@@ -488,8 +488,8 @@ def check_same_run(saved, wanted, run_dir):
                     and name.rsplit(".", 1)[-1] not in MAY_CHANGE)
     if differ:
         changes = "; ".join(f"{n}: {saved.get(n)} before, {wanted.get(n)} now" for n in differ[:4])
-        raise UserError(f"--output_dir: {run_dir} holds a run with other settings ({changes}); "
-                        "choose another folder or the same settings")
+        raise UserError(f"{run_dir} holds a run with other settings ({changes}); "
+                        "choose another folder or the same settings", "output_dir")
 
 
 def flatten(value, prefix=""):

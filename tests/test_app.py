@@ -18,7 +18,7 @@ from helpers import TOY, change_unets, write_checkpoints
 from PIL import Image
 
 from dalle2 import app, cli
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.images import save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 

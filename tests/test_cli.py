@@ -9,7 +9,7 @@ from helpers import TOY, check_refused, write_checkpoints, write_clip, write_dec
 
 from dalle2 import cli
 from dalle2.checkpoint import read_export_header
-from dalle2.config import UserError
+from dalle2.errors import UserError
 
 
 @pytest.fixture(scope="module")

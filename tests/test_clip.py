@@ -11,7 +11,8 @@ from dalle2.clip import (
     load_clip,
     preprocess_image,
 )
-from dalle2.config import PRESETS, UserError
+from dalle2.config import PRESETS
+from dalle2.errors import UserError
 
 START, END = 49406, 49407
 CAPTIONS = ["a red bus", "", "wow!!! " * 60, "ünïcode ☃ 雪"]

@@ -12,11 +12,11 @@ from dalle2.config import (
     Preset,
     PriorConfig,
     UnetConfig,
-    UserError,
     config_from_dict,
     config_to_dict,
     validate_config,
 )
+from dalle2.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = [kind for kind in vars(config_module).values()

@@ -16,9 +16,9 @@ from dalle2.config import (
     PriorConfig,
     TrainConfig,
     UnetConfig,
-    UserError,
     validate_config,
 )
+from dalle2.errors import UserError
 from dalle2.models import build_unet, load_decoder, load_prior
 from dalle2.sampling import sample_image_embed, sample_images
 

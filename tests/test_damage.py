@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dalle2.checkpoint import HEADER_KEY
 from dalle2.clip import load_clip
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.models import load_decoder, load_prior
 
 LOADERS = {"prior": load_prior, "decoder": load_decoder,

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from dalle2.clip import compute_fingerprint, load_clip
-from dalle2.config import UserError
 from dalle2.data import (
     Store,
     cut_jpeg,
@@ -19,6 +18,7 @@ from dalle2.data import (
     resize,
     resize_and_crop,
 )
+from dalle2.errors import UserError
 from dalle2.prepare import encode_jpeg, prepare_store
 
 

@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from dalle2.config import UserError
 from dalle2.ema import (
     PowerAverages,
     list_snapshots,
@@ -13,6 +12,7 @@ from dalle2.ema import (
     solve_weights,
     synthesize,
 )
+from dalle2.errors import UserError
 
 STEPS, EVERY, WALKS = 400, 20, 64
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle2 import metrics
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.metrics import (
     compute_cmmd,
     compute_diversity,

@@ -10,7 +10,8 @@ from dalle2_pytorch import dalle2_pytorch as library
 from torch._dynamo.testing import CompileCounter
 
 from dalle2.checkpoint import load_export
-from dalle2.config import PRESETS, UserError
+from dalle2.config import PRESETS
+from dalle2.errors import UserError
 from dalle2.fast_modules import restore_modules, swap_modules
 from dalle2.models import build_prior, build_unet, save_decoder_stage
 

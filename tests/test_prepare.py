@@ -16,7 +16,7 @@ from PIL import Image
 from test_data import write_coco
 
 from dalle2.clip import compute_fingerprint, load_clip
-from dalle2.config import UserError
+from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once
 from dalle2.prepare import prepare_store
 

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import multiprocessing, nn
 
 from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
-from dalle2.config import TrainConfig, UserError
+from dalle2.config import TrainConfig
+from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
 from dalle2.logger import MetricsLog, read_metrics
 from dalle2.rng import BatchRandom, derive_seed

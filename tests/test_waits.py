@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from dalle2.losses import compute_prior_loss, compute_unet_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle2.clip import ClipLoss, build_clip, preprocess_image
 from dalle2.config import PRESETS
 from dalle2.diffusion import Diffusion, build_diffusion
-from dalle2.losses import compute_prior_loss, compute_unet_loss
 from dalle2.models import build_prior, build_unet
 from dalle2.train_loop import TrainState
 
