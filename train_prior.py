@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dalle2 import cli
 from dalle2.checkpoint import save_export
-from dalle2.config import PRESETS, UserError, config_to_dict
+from dalle2.config import PRESETS, config_to_dict
 from dalle2.data import draw_indexes, load_captions
 from dalle2.diffusion import Diffusion
 from dalle2.files import replace_file
@@ -34,10 +34,7 @@ def main():
     config = cli.override_train(PRESETS[args.preset].prior, args)
     cli.check_data(args)
     clip = cli.ClipSource(args.clip_model, args.clip_pretrained)
-    embed_dim, text_width = clip.load().embed_dim, clip.load().text_width
-    if embed_dim != text_width:
-        raise UserError(f"--clip_model: the prior needs a CLIP whose text width ({text_width}) is "
-                        f"its embedding size ({embed_dim})")
+    embed_dim = clip.load().embed_dim
     torch.manual_seed(config.train.seed)
     prior = build_prior(config, embed_dim)
     if args.dry_run:

@@ -70,7 +70,9 @@ def add_data_flags(parser):
 
 def add_clip_flags(parser):
     clip = parser.add_argument_group("CLIP")
-    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu", help="open_clip model name")
+    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu",
+                      help="open_clip model name, of those with CLIP's own tokenizer "
+                      "(docs/clips.md lists them)")
     clip.add_argument("--clip_pretrained", default="openai",
                       help="open_clip's tag of published weights, or a file (one that "
                       "train_clip.py wrote brings its architecture along)")

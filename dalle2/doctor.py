@@ -146,10 +146,10 @@ def check_clip(args, records, pictures, preset, report):
     except UserError as error:
         report.error(str(error))
         return None
-    report.check(clip.embed_dim == clip.text_width, f"CLIP {args.clip_model} "
-                 f"{args.clip_pretrained}: {clip.image_size} px, embedding {clip.embed_dim}, text "
-                 f"width {clip.text_width}", "the prior needs a CLIP where both are the same; "
-                 "choose another --clip_model", "error")
+    report.ok(f"CLIP {args.clip_model} {args.clip_pretrained}: {clip.image_size} px, embedding "
+              f"{clip.embed_dim}, text width {clip.text_width}")
+    for line in clip.list_differences(STORE_IMAGE_SIZE):
+        report.warning(line)
     captions = [caption for record in records for caption in record.captions]
     captions = random.Random(0).sample(captions, min(NUM_CAPTIONS, len(captions)))
     start = time.perf_counter()

@@ -145,9 +145,11 @@ def prepare_embeddings(store, clip, folder, progress=True):
     np.save(folder / "text_tokens.npy", text_tokens.numpy().astype(np.uint16))
     shapes = {"image_embed.npy": (len(store), clip.embed_dim),
               "text_embed.npy": (len(captions), clip.embed_dim),
-              "text_encodings.npy": (int(token_start[-1]), clip.text_width)}
+              "text_encodings.npy": (int(token_start[-1]), clip.embed_dim)}
     announce(folder, f"embeddings of {len(store)} pictures and {len(captions)} captions",
              2 * sum(a * b for a, b in shapes.values()), progress)
+    for line in clip.list_differences(STORE_IMAGE_SIZE) if progress else ():
+        print(f"note: {line}", flush=True)
     files = GrowingFiles(folder, list(shapes))
     if not files.notes:
         files.append({name: _build_npy_header(shape) for name, shape in shapes.items()}, [0, 0])
