@@ -9,11 +9,10 @@ import torch
 from accelerate import PartialState
 
 from dalle2 import cli
-from dalle2.data import load_image
 from dalle2.errors import UserError
 from dalle2.files import replace_file
 from dalle2.gallery import write_gallery
-from dalle2.images import arrange, save_jpeg
+from dalle2.images import arrange, load_image, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.prepare import prepare_store
 from dalle2.render import compute_digest, list_coco_jobs, render_jobs
@@ -103,15 +102,15 @@ def check_flags(args):
 
 def list_jobs(args):
     """What to render: list of {"caption", "image_id", "photo", "seed"}, one a picture."""
-    prompts = [(prompt, "--prompt") for prompt in args.prompt or []]
+    prompts = [(prompt, "prompt") for prompt in args.prompt or []]
     if args.prompt_file:
         if not os.path.isfile(args.prompt_file):
             raise UserError(f"no such file: {args.prompt_file}", "prompt_file")
         lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-        prompts += [(line, "--prompt_file") for line in lines if line.strip()]
-    for prompt, flag in prompts:
+        prompts += [(line, "prompt_file") for line in lines if line.strip()]
+    for prompt, argument in prompts:
         if not prompt.strip():
-            raise UserError(f"{flag}: a prompt is empty")
+            raise UserError("a prompt is empty", argument)
     jobs = [{"caption": prompt.strip(), "image_id": None, "photo": None} for prompt, _ in prompts]
     if args.test_annot_path:
         if not args.test_img_path:
@@ -154,10 +153,8 @@ def pick_best(entries, photos, count):
 def find_nearest(args, pipeline, output_dir, entries):
     """[(picture (3, 256, 256) uint8, cosine)]: the training picture whose CLIP embedding is nearest
     to that of each rendered picture. Puts file and cosine into the entries."""
-    from dalle2.clip import compute_fingerprint
     store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
-                          clip=lambda: pipeline.clip,
-                          fingerprint=compute_fingerprint(pipeline.clip))
+                          clip=pipeline.clip)
     embeds = torch.from_numpy(np.array(store.image_embed)).float().to(pipeline.clip.device)
     found = []
     for entry in entries:

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dalle2 import cli  # noqa: E402
 from dalle2.clip import FrozenClip  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
-from dalle2.data import Store, load_captions, load_image  # noqa: E402
+from dalle2.data import Store, load_captions  # noqa: E402
+from dalle2.images import load_image  # noqa: E402
 from dalle2.prepare import prepare_store  # noqa: E402
 
 PLAIN = v2.Compose([v2.Resize(256), v2.CenterCrop(256), v2.ToImage(),
@@ -128,7 +129,7 @@ def measure_captions(path):
         lambda: [clip.embed_text(text_tokens[part]) for part in rows.split(16)], len(rows))
     with tempfile.NamedTemporaryFile() as file:
         token_start = np.concatenate([[0], lengths.cumsum(0).numpy()])
-        np.save(file, np.zeros((token_start[-1], clip.text_width), np.float16))
+        np.save(file, np.zeros((token_start[-1], clip.embed_dim), np.float16))
         store = SimpleNamespace(token_start=token_start,
                                 text_encodings=np.load(file.name, mmap_mode="r"))
         order = np.random.default_rng(0).permutation(len(captions))[:4096]

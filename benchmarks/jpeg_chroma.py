@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dalle2 import cli  # noqa: E402
-from dalle2.data import load_image  # noqa: E402
+from dalle2.images import load_image  # noqa: E402
 
 FILES = {"JPEG 95, 4:2:0 (Pillow's default)": {"format": "JPEG", "quality": 95},
          "JPEG 95, 4:4:4": {"format": "JPEG", "quality": 95, "subsampling": 0},

@@ -21,8 +21,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from torchvision.transforms.v2 import functional as TF  # noqa: E402
 
 from dalle2.clip import load_clip  # noqa: E402
-from dalle2.data import load_image, resize  # noqa: E402
-from dalle2.images import to_uint8  # noqa: E402
+from dalle2.images import load_image, resize, to_uint8  # noqa: E402
 from dalle2.models import load_decoder  # noqa: E402
 from dalle2.render import list_coco_jobs  # noqa: E402
 from dalle2.sampling import sample_images  # noqa: E402

@@ -68,7 +68,7 @@ def list_candidates(args, run):
                         "sources": list(snapshots.values())}
                        for sigma_rel in sorted(set(args.sigma_rel))]
     for path in (run.export, run.export.with_stem(f"{run.kind}_last")):
-        record = read_export_header(path, run.kind, "--run_dir") if path.is_file() else None
+        record = read_export_header(path, run.kind) if path.is_file() else None
         if record and run.unet_number:
             record = record["stages"][run.unet_number - 1]
         if record and "chosen" not in record:  # what was chosen is among the others
@@ -87,7 +87,7 @@ def load_weights(run, candidate):
     """The candidate's state dict."""
     if not candidate["export"]:
         return synthesize(run.folder, candidate["step"], candidate["sigma_rel"])
-    _, weights = load_export(run.export.with_name(candidate["export"]), run.kind, "--run_dir")
+    _, weights = load_export(run.export.with_name(candidate["export"]), run.kind)
     return {name.removeprefix(run.prefix): value for name, value in weights.items()
             if name.startswith(run.prefix)}
 
@@ -105,7 +105,7 @@ def write_chosen(run, best, metric):
         header = {**run.header, **record}
         if run.unet_number:
             source = run.export if run.export.is_file() else run.export.with_stem("decoder_last")
-            header, others = load_export(source, "decoder", "--write")
+            header, others = load_export(source, "decoder")
             header["stages"][run.unet_number - 1] = {"config": run.header["config"], **record}
             weights |= {name: value for name, value in others.items()
                         if not name.startswith(run.prefix)}

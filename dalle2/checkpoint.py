@@ -65,14 +65,13 @@ def save_export(path, kind, header, state):
     replace_file(path, lambda part: save_file(state, part, metadata))
 
 
-def read_export_header(path, kind, flag="file"):
+def read_export_header(path, kind):
     """Header of an export; None for a file of another origin where `kind` is None.
 
-    Raises UserError, naming `flag`, where the file is absent, damaged or of another kind than
-    `kind`.
+    Raises UserError where the file is absent, damaged or of another kind than `kind`.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{flag}: no such file: {path}")
+        raise UserError(f"no such file: {path}", "path")
     metadata, why = {}, ""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -82,9 +81,9 @@ def read_export_header(path, kind, flag="file"):
     if HEADER_KEY not in metadata:
         if kind is None:
             return None
-        raise UserError(f"{flag}: {path} is no export of this project{why}, a {kind} export is "
-                        "needed")
-    with explain_damage(path, flag):
+        raise UserError(f"{path} is no export of this project{why}, a {kind} export is needed",
+                        "path")
+    with explain_damage(path):
         header = json.loads(metadata[HEADER_KEY])
         found = header.get("kind") if isinstance(header, dict) else None
         if found not in tuple(HEADERS):
@@ -92,7 +91,7 @@ def read_export_header(path, kind, flag="file"):
         if kind in (None, found):
             check_header(header, HEADERS[found])
             return header
-    raise UserError(f"{flag}: {path} is a {found} export, a {kind} export is needed")
+    raise UserError(f"{path} is a {found} export, a {kind} export is needed", "path")
 
 
 def check_header(header, wanted, prefix=""):
@@ -110,23 +109,24 @@ def check_header(header, wanted, prefix=""):
             check_header(value, kind, f"{prefix}{name}.")
 
 
-def load_export(path, kind, flag):
+def load_export(path, kind):
     """(header, {name: tensor}) of an export of `kind`; raises UserError like read_export_header."""
-    header = read_export_header(path, kind, flag)
-    with explain_damage(path, flag):
+    header = read_export_header(path, kind)
+    with explain_damage(path):
         return header, load_file(path)
 
 
 @contextlib.contextmanager
-def explain_damage(path, flag):
+def explain_damage(path):
     """Turns whatever goes wrong with the contents of the export `path`, in a network's constructor
-    for example, into a UserError of one line that names `flag` and file."""
+    for example, into a UserError of one line that names the file."""
     try:
         yield
     except Exception as error:
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        what = " ".join(what.removeprefix("--").split())
-        raise UserError(f"{flag}: {path} is damaged: {what:.300}") from error
+        field = getattr(error, "argument", None)
+        what = " ".join(f"{field}: {what}".split() if field else what.split())
+        raise UserError(f"{path} is damaged: {what:.300}", "path") from error
 
 
 def load_network(build, weights):

@@ -8,7 +8,6 @@ Run again, it goes on with the scores that `choice.json` holds.
 
 import hashlib
 import json
-from functools import cache
 
 import torch
 
@@ -22,9 +21,9 @@ from dalle2.candidates import (
     open_run,
     write_chosen,
 )
-from dalle2.clip import compute_fingerprint, load_clip
+from dalle2.clip import load_clip
 from dalle2.ema import MAX_SIGMA_REL
-from dalle2.errors import UserError
+from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import to_uint8
 from dalle2.pipeline import load_matching_clip
@@ -69,7 +68,7 @@ def parse_args():
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [low if value is None else value]:
             if not low <= number <= high:
-                raise UserError(f"--{name}: {number} is not between {low} and {high:g}")
+                raise UserError(f"{number} is not between {low} and {high:g}", name)
     if args.judge_clip_model and not args.judge_clip_pretrained:
         raise UserError("needed with --judge_clip_model", "judge_clip_pretrained")
     return args
@@ -80,14 +79,14 @@ def main():
     run = open_run(args.run_dir)
     metric = args.metric or ("cmmd" if run.unet_number else "cosine")
     if not run.unet_number and (metric == "kid" or args.judge_clip_pretrained):
-        raise UserError(f"--{'metric' if metric == 'kid' else 'judge_clip_pretrained'}: a prior "
-                        "draws embeddings of its own CLIP, no pictures")
+        raise UserError("a prior draws embeddings of its own CLIP, no pictures",
+                        "metric" if metric == "kid" else "judge_clip_pretrained")
     candidates, clip = list_candidates(args, run), run.header["clip"]
     args.prior_ckpt = run.export  # the CLIP's file may lie beside it
-    load_own_clip = cache(lambda: load_matching_clip(args, clip, clip, device))
-    judge, features = load_judge(args, metric, run, load_own_clip, device)
-    store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
-                          clip=load_own_clip, fingerprint=clip["fingerprint"],
+    own_clip = load_matching_clip(args, clip, clip, device)
+    judge, features = load_judge(args, metric, run, own_clip, device)
+    store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir,
+                          clip=own_clip,
                           max_images=args.num_images or (200 if run.unet_number else 1000))
     if len(store) < MIN_IMAGES:
         raise UserError(f"{MIN_IMAGES} pictures are needed, not {len(store)}", "val_annot_path")
@@ -129,7 +128,7 @@ def main():
 # drawing and scoring
 
 
-def load_judge(args, metric, run, load_own_clip, device):
+def load_judge(args, metric, run, own_clip, device):
     """(function of image (B, 3, H, W) in [0, 1] that gives features (B, F), which ones in words).
     What a prior draws are features already."""
     own = f"CLIP {run.header['clip']['fingerprint']}"
@@ -139,13 +138,11 @@ def load_judge(args, metric, run, load_own_clip, device):
         inception = metrics.load_inception(args.inception_weights, device)
         return lambda image: inception(to_uint8(image)), "Inception-v3"
     if not args.judge_clip_pretrained:
-        return load_own_clip().embed_image, f"{own}, which conditions the decoder too"
-    try:
+        return own_clip.embed_image, f"{own}, which conditions the decoder too"
+    with rename_argument(clip_model="judge_clip_model", clip_pretrained="judge_clip_pretrained"):
         clip = load_clip(args.judge_clip_model or run.header["clip"]["clip_model"],
                          args.judge_clip_pretrained, device)
-    except UserError as error:
-        raise UserError(str(error).replace("--clip_", "--judge_clip_", 1)) from error
-    return clip.embed_image, f"CLIP {compute_fingerprint(clip)}"
+    return clip.embed_image, f"CLIP {clip.fingerprint}"
 
 
 def call_in_batches(function, batch_size, *tensors):

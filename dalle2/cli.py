@@ -1,7 +1,6 @@
 """What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,9 +17,12 @@ from dalle2.config import (
     config_to_dict,
     validate_config,
 )
-from dalle2.errors import UserError
+from dalle2.errors import UserError, rename_argument
 
 DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
+
+
+SIZES = "image_size", "dim", "dim_mults", "crop_size"  # in which the stages of a decoder differ
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,16 +68,6 @@ def run(main):
         sys.exit(2)
 
 
-@contextlib.contextmanager
-def name_flags(**flags):
-    """Says which flag an argument of a called function came from: {argument: flag}."""
-    try:
-        yield
-    except UserError as error:
-        error.argument = flags.get(error.argument, error.argument)
-        raise
-
-
 def add_data_flags(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--train_img_path", default=f"{DATA_DIR}/train2014", help="picture folder")
@@ -92,7 +84,9 @@ def add_data_flags(parser):
 
 def add_clip_flags(parser):
     clip = parser.add_argument_group("CLIP")
-    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu", help="open_clip model name")
+    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu",
+                      help="open_clip model name, of those with CLIP's own tokenizer "
+                      "(docs/clips.md lists them)")
     clip.add_argument("--clip_pretrained", default="openai",
                       help="open_clip's tag of published weights, or a file (one that "
                       "train_clip.py wrote brings its architecture along)")
@@ -156,6 +150,22 @@ def build_config(args, preset):
     return validate_config(config_from_dict(kind, values)), origins
 
 
+def build_unet_configs(args, unets):
+    """(tuple of UnetConfig, origins) of the decoder's stages: flags and --config for the stage that
+    --unet_number names, flags of the training alone for all."""
+    number = args.unet_number
+    if number > len(unets):
+        raise UserError(f"{number} is not one of 0 to {len(unets)}", "unet_number")
+    if number:
+        config, origins = build_config(args, unets[number - 1])
+        return (*unets[:number - 1], config, *unets[number:]), origins
+    for name in ("config", *SIZES):
+        if getattr(args, name) is not None:
+            raise UserError("each stage has its own; name one by --unet_number", name)
+    built = [build_config(args, unet) for unet in unets]
+    return tuple(config for config, _ in built), built[0][1]
+
+
 def read_config(path, kind):
     """The config of class `kind` in a run's config.json, as a dict with every field."""
     if not os.path.isfile(path):
@@ -185,44 +195,46 @@ def check_data(args):
         if split == "val" and not annot:
             continue
         if not os.path.isdir(images):
-            raise UserError(f"--{split}_img_path: no such folder: {images} "
-                            "(python data/coco_download.py fetches COCO)")
+            raise UserError(f"no such folder: {images} (python data/coco_download.py fetches COCO)",
+                            f"{split}_img_path")
         if not os.path.isfile(annot):
-            raise UserError(f"--{split}_annot_path: no such file: {annot}")
+            raise UserError(f"no such file: {annot}", f"{split}_annot_path")
 
 
-def open_stores(args, clip_source=None, **options):
+def count_pictures(args):
+    """Captioned pictures to train on."""
+    from dalle2.data import load_captions
+    with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
+        return len(load_captions(args.train_annot_path, args.train_img_path))
+
+
+def open_stores(args, clip=None, **options):
     """(train Store, val Store or None), prepared now where they are not there yet; `options` are
     those of prepare_store."""
     from dalle2.prepare import prepare_store
-    if clip_source:
-        options |= dict(clip=clip_source.load, fingerprint=clip_source.fingerprint)
-    train = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, **options)
-    val = None
-    if args.val_annot_path:
-        val = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
-                            max_images=args.num_val_images, **options)
-    return train, val
+    stores = [None, None]
+    for number, (split, max_images) in enumerate((("train", None), ("val", args.num_val_images))):
+        annot, images = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
+        if split == "train" or annot:
+            with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
+                stores[number] = prepare_store(images, annot, args.store_dir, clip=clip,
+                                               max_images=max_images, **options)
+    return stores
 
 
-class ClipSource:
-    """The CLIP that the flags name: loaded once, and how an export describes it."""
+def load_clip(args):
+    """The FrozenClip that the flags name, on this process's device."""
+    from dalle2.clip import load_clip
+    return load_clip(args.clip_model, args.clip_pretrained, pick_device())
 
-    def __init__(self, clip_model, clip_pretrained):
-        from dalle2.clip import compute_fingerprint, load_clip
-        self.clip_model, self.clip_pretrained = clip_model, clip_pretrained
-        self._clip = load_clip(clip_model, clip_pretrained, pick_device())
-        self.fingerprint = compute_fingerprint(self._clip)
 
-    def load(self):
-        return self._clip
-
-    def describe(self, output_dir):
-        """What an export records of its CLIP; a file is named relative to the run folder too."""
-        is_file = os.path.isfile(self.clip_pretrained)
-        relative = os.path.relpath(self.clip_pretrained, output_dir) if is_file else ""
-        return {"clip_model": self.clip_model, "clip_pretrained": self.clip_pretrained,
-                "relative_path": relative, "fingerprint": self.fingerprint}
+def describe_clip(args, clip, output_dir=None):
+    """What an export records of its CLIP; a file is named relative to the run folder too."""
+    is_file = os.path.isfile(args.clip_pretrained)
+    relative = os.path.relpath(args.clip_pretrained, output_dir or args.output_dir)
+    return {"embed_dim": clip.embed_dim, "clip": {
+        "clip_model": args.clip_model, "clip_pretrained": args.clip_pretrained,
+        "relative_path": relative if is_file else "", "fingerprint": clip.fingerprint}}
 
 
 def pick_device():

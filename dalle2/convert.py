@@ -38,7 +38,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    header = read_export_header(args.input, None, "--input")
+    header = read_export_header(args.input, None)
     if header is not None:
         state = convert_to_stock(args.input, header["kind"])
         replace_file(args.output, lambda part: torch.save(state, part))
@@ -49,9 +49,7 @@ def main():
     except Exception as error:
         raise UserError(f"{args.input} is no file of tensors "
                         f"({str(error).splitlines()[0]})", "input") from error
-    clip = cli.ClipSource(args.clip_model, args.clip_pretrained)
-    header = {"embed_dim": clip.load().embed_dim,
-              "clip": clip.describe(Path(args.output).parent or ".")}
+    header = cli.describe_clip(args, cli.load_clip(args), Path(args.output).parent or ".")
     kind, header, state = convert_from_stock(state, header, PRESETS[args.preset])
     save_export(args.output, kind, header, state)
     print(f"{args.output}: a {kind}, {len(state)} tensors")
@@ -60,10 +58,10 @@ def main():
 def convert_to_stock(path, kind):
     """{name: tensor}: what the stock class of the same sizes and schedule has as its state dict."""
     if kind == "prior":
-        network, config, header = load_prior(path, "--input")
+        network, config, header = load_prior(path)
         return build_stock_prior(network, config, header["embed_dim"]).state_dict()
     if kind == "decoder":
-        unets, configs, header = load_decoder(path, "--input")
+        unets, configs, header = load_decoder(path)
         if len(unets) < len(header["stages"]):
             raise UserError(f"{path} holds {len(unets)} of {len(header['stages'])} stages", "input")
         order = sorted(unets)

@@ -1,4 +1,4 @@
-"""COCO captions, the geometry of pictures, and the prepared store that training reads.
+"""COCO captions, and the prepared store that training reads.
 
 `dalle2.prepare` makes a store; training and sampling read it here through memory maps. The only
 file that imports pycocotools.
@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 
 from dalle2.errors import UserError
 from dalle2.files import build_once, read_source
+from dalle2.images import STORE_IMAGE_SIZE, cut_jpeg, decode_jpeg, resize
 from dalle2.rng import derive_seed
 
 
@@ -30,17 +31,16 @@ class CaptionedImage:
     captions: tuple[str, ...]
 
 
-def load_captions(annot_path, img_path, split="train", max_images=None):
+def load_captions(annot_path, img_path, max_images=None):
     """list of CaptionedImage of a COCO captions file, in the order of image ids.
 
-    Pictures without a caption are left out. Raises UserError, naming --<split>_annot_path or
-    --<split>_img_path, where file or folder is absent or holds something else.
+    Pictures without a caption are left out. Raises UserError where file or folder is absent or
+    holds something else.
     """
-    flag = f"--{split}_annot_path"
     if not os.path.isdir(img_path):
-        raise UserError(f"--{split}_img_path: no such folder: {img_path}")
+        raise UserError(f"no such folder: {img_path}", "img_path")
     if not os.path.isfile(annot_path):
-        raise UserError(f"{flag}: no such file: {annot_path}")
+        raise UserError(f"no such file: {annot_path}", "annot_path")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(annot_path)
@@ -50,14 +50,14 @@ def load_captions(annot_path, img_path, split="train", max_images=None):
                                         if (c := a["caption"].strip())))
                    for image_id in sorted(coco.imgs)]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{flag}: {annot_path} is not a COCO captions file "
-                        f"({type(error).__name__}: {error})") from error
+        raise UserError(f"{annot_path} is not a COCO captions file "
+                        f"({type(error).__name__}: {error})", "annot_path") from error
     records = [record for record in records if record.captions][:max_images]
     if not records:
-        raise UserError(f"{flag}: {annot_path} holds no captioned image")
+        raise UserError(f"{annot_path} holds no captioned image", "annot_path")
     if not any(os.path.isfile(record.path) for record in records[:100]):
-        raise UserError(f"--{split}_img_path: {img_path} holds none of the first pictures that "
-                        f"{annot_path} names, such as {os.path.basename(records[0].path)}")
+        raise UserError(f"{img_path} holds none of the first pictures that {annot_path} names, "
+                        f"such as {os.path.basename(records[0].path)}", "img_path")
     return records
 
 

@@ -21,8 +21,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from dalle2 import cli
 from dalle2.config import PRESETS
-from dalle2.data import STORE_IMAGE_SIZE, load_captions, load_image
+from dalle2.data import load_captions
 from dalle2.errors import UserError
+from dalle2.images import STORE_IMAGE_SIZE, load_image
 from dalle2.metrics import compute_recall
 from dalle2.models import build_prior, build_unet
 from dalle2.optimizer import build_optimizers
@@ -143,14 +144,14 @@ def save_pairs(pairs, path):
 def check_clip(args, records, pictures, preset, report):
     """The FrozenClip, or None where it cannot be had."""
     try:
-        clip = cli.ClipSource(args.clip_model, args.clip_pretrained).load()
+        clip = cli.load_clip(args)
     except UserError as error:
         report.error(str(error))
         return None
-    report.check(clip.embed_dim == clip.text_width, f"CLIP {args.clip_model} "
-                 f"{args.clip_pretrained}: {clip.image_size} px, embedding {clip.embed_dim}, text "
-                 f"width {clip.text_width}", "the prior needs a CLIP where both are the same; "
-                 "choose another --clip_model", "error")
+    report.ok(f"CLIP {args.clip_model} {args.clip_pretrained}: {clip.image_size} px, embedding "
+              f"{clip.embed_dim}, text width {clip.text_width}")
+    for line in clip.list_differences(STORE_IMAGE_SIZE):
+        report.warning(line)
     captions = [caption for record in records for caption in record.captions]
     captions = random.Random(0).sample(captions, min(NUM_CAPTIONS, len(captions)))
     start = time.perf_counter()

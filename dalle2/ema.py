@@ -130,7 +130,7 @@ def synthesize(run_dir, step, sigma_rel):
     for path, weight in zip(snapshots.values(), weights.tolist()):
         if abs(weight) < NEGLIGIBLE:
             continue
-        for name, value in load_export(path, "snapshot", "--run_dir")[1].items():
+        for name, value in load_export(path, "snapshot")[1].items():
             if value.is_floating_point():
                 state.setdefault(name, torch.zeros(value.shape)).add_(value, alpha=weight)
             else:

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend."""
 
+import contextlib
+
 
 class UserError(Exception):
     """Bad input: what is wrong with which file or value, and what to do about it, in one line.
@@ -11,3 +13,13 @@ class UserError(Exception):
     def __init__(self, message, argument=None):
         super().__init__(message)
         self.argument = argument
+
+
+@contextlib.contextmanager
+def rename_argument(**names):
+    """Renames the argument of a UserError from within: {the callee's name: the caller's}."""
+    try:
+        yield
+    except UserError as error:
+        error.argument = names.get(error.argument, error.argument)
+        raise

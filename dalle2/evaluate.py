@@ -96,14 +96,14 @@ def check_flags(args):
         value = getattr(args, name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(least <= value < float("inf") for value in values):
-            raise UserError(f"--{name}: {value} must be at least {least}")
+            raise UserError(f"{value} must be at least {least}", name)
         if "cond_scale" in name and len(values) > 1 and not args.sweep:
-            raise UserError(f"--{name}: several numbers need --sweep")
+            raise UserError("several numbers need --sweep", name)
     for given, needed in (("train_img_path", "train_annot_path"), ("store_dir", "train_img_path"),
                           ("train_annot_path", "train_img_path"),
                           ("judge_clip_model", "judge_clip_pretrained")):
         if getattr(args, given) and not getattr(args, needed):
-            raise UserError(f"--{needed}: needed with --{given}")
+            raise UserError(f"needed with --{given}", needed)
     return args
 
 
@@ -189,9 +189,8 @@ def claim_folder(folder, settings):
     recorded = json.loads(path.read_text()) if path.is_file() else settings
     for name, value in settings.items():
         if recorded.get(name) != value:
-            raise UserError(f"--{name}: the pictures in {folder} were made with {name} "
-                            f"{recorded.get(name)}, not {value}; choose another --output_dir or "
-                            "delete that one")
+            raise UserError(f"the pictures in {folder} were made with {name} {recorded.get(name)}, "
+                            f"not {value}; choose another --output_dir or delete that one", name)
     replace_file(path, lambda part: part.write_text(json.dumps(settings, indent=1)))
 
 

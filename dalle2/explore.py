@@ -13,10 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from dalle2 import cli
-from dalle2.data import STORE_IMAGE_SIZE, load_image, resize
 from dalle2.diffusion import build_diffusion
 from dalle2.errors import UserError
-from dalle2.images import arrange, make_file_stem, save_jpeg
+from dalle2.images import (
+    STORE_IMAGE_SIZE,
+    arrange,
+    load_image,
+    make_file_stem,
+    resize,
+    save_jpeg,
+)
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
 from dalle2.sampling import (
@@ -93,10 +99,10 @@ def check_args(args):
                             ("theta", 0, 1), ("cond_scale", 0, 1000)):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{name}: {value} is not between {low} and {high}")
+            raise UserError(f"{value} is not between {low} and {high}", name)
     for flag in ("from", "to"):
         if not getattr(args, f"{flag}_caption", "none").strip():
-            raise UserError(f"--{flag}: the caption is empty")
+            raise UserError("the caption is empty", flag)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise UserError(f"{args.output_dir} is no folder", "output_dir")
 

@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 from torchvision.transforms.v2 import functional as TF
 
-from dalle2.data import load_image, resize
 from dalle2.files import replace_file
+from dalle2.images import load_image, resize
 
 MAX_SHOWN = 2000  # pictures on the page; the manifest names all
 SETTINGS = "cond_scale", "prior_cond_scale", "sample_timesteps", "sampler", "seed"

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dalle2 import metrics
-from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
-from dalle2.data import load_captions, load_image
-from dalle2.errors import UserError
+from dalle2.clip import FrozenClip, load_clip
+from dalle2.data import load_captions
+from dalle2.errors import UserError, rename_argument
+from dalle2.images import load_image
 from dalle2.prepare import prepare_store
 
 NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 99, 64
@@ -64,11 +65,10 @@ def load_judge(args, pipeline, notes, device):
     clip, told = pipeline.clip, condition
     if args.judge_clip_pretrained:
         model = args.judge_clip_model or condition["clip_model"]
-        try:
+        with rename_argument(clip_model="judge_clip_model",
+                             clip_pretrained="judge_clip_pretrained"):
             clip = load_clip(model, args.judge_clip_pretrained, device)
-        except UserError as error:
-            raise UserError(str(error).replace("--clip_", "--judge_clip_", 1)) from error
-        told = dict(zip(keys, (model, args.judge_clip_pretrained, compute_fingerprint(clip))))
+        told = dict(zip(keys, (model, args.judge_clip_pretrained, clip.fingerprint)))
     same = told["fingerprint"] == condition["fingerprint"]
     if same:
         notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
@@ -136,12 +136,11 @@ def embed_photos(judge, paths, split_name, notes):
 def embed_train(args, judge, notes):
     """(T, D) of the train photos, from their store where one is named."""
     if not args.store_dir:
-        records = load_captions(args.train_annot_path, args.train_img_path, "train")
+        records = load_captions(args.train_annot_path, args.train_img_path)
         return embed_photos(replace(judge, inception=None), [r.path for r in records],
                             "train", notes).embed
     store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
-                          clip=lambda: judge.clip,
-                          fingerprint=judge.told["judge"]["fingerprint"])
+                          clip=judge.clip)
     return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
 
 

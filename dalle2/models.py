@@ -50,8 +50,8 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
     factor = 2 ** (len(config.dim_mults) - (0 if config.memory_efficient else 1))
     for name in ("image_size", "crop_size"):
         if getattr(config, name) % factor:
-            raise UserError(f"--{name}: {getattr(config, name)} is no multiple of {factor}, as "
-                            f"{len(config.dim_mults)} resolutions need")
+            raise UserError(f"{getattr(config, name)} is no multiple of {factor}, as "
+                            f"{len(config.dim_mults)} resolutions need", name)
     cond_dim = config.cond_dim or config.dim
     if is_first and cond_dim == image_embed_dim:  # the library would make no tokens
         raise UserError(f"cond_dim {cond_dim} needs a CLIP of another embedding size", "preset")
@@ -120,22 +120,22 @@ def build_stock_decoder(unets, configs):
         use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
 
 
-def load_prior(path, flag="--prior_ckpt"):
-    """(network, PriorConfig, header) of a prior export; UserError, naming `flag`, otherwise."""
-    header, weights = load_export(path, "prior", flag)
-    with explain_damage(path, flag):
+def load_prior(path):
+    """(network, PriorConfig, header) of a prior export; UserError for another file."""
+    header, weights = load_export(path, "prior")
+    with explain_damage(path):
         config = validate_config(config_from_dict(PriorConfig, header["config"]))
         prior = load_network(lambda: build_prior(config, header["embed_dim"]), {
             name.removeprefix("net."): value for name, value in weights.items()})
     return prior, config, header
 
 
-def load_decoder(path, flag="--decoder_ckpt"):
+def load_decoder(path):
     """({unet_number: network}, {unet_number: UnetConfig}, header) of the stages that a decoder
-    export holds; UserError, naming `flag`, for another file."""
-    header, weights = load_export(path, "decoder", flag)
+    export holds; UserError for another file."""
+    header, weights = load_export(path, "decoder")
     unets, configs = {}, {}
-    with explain_damage(path, flag):
+    with explain_damage(path):
         for number, stage in enumerate(header["stages"], start=1):
             if stage is None:
                 continue
@@ -159,7 +159,7 @@ def save_decoder_stage(path, unet_number, config, state, header, step, num_stage
     with hold_lock(path.with_name(f".{path.name}.lock"), told=f"waiting for {path}"):
         stages, weights = [None] * num_stages, {}
         if path.exists():
-            before, weights = load_export(path, "decoder", "--output_dir")
+            before, weights = load_export(path, "decoder")
             stages = before["stages"]
         prefix = f"unets.{unet_number - 1}."
         weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dalle2.clip import FrozenClip, compute_fingerprint, load_clip
+from dalle2.clip import FrozenClip, load_clip
 from dalle2.config import PriorConfig, UnetConfig
-from dalle2.errors import UserError
+from dalle2.errors import UserError, rename_argument
 from dalle2.models import load_decoder, load_prior
 from dalle2.sampling import GROUP, SAMPLER, call_in_groups, sample_image_embed, sample_images
 
@@ -111,7 +111,8 @@ class Pipeline:
         for config in self.unet_configs[1:]:
             if lowres_noise_level > config.lowres_noise_max_level:
                 raise UserError(f"{lowres_noise_level} is more than the "
-                                f"{config.lowres_noise_max_level} of training", "lowres_noise_level")
+                                f"{config.lowres_noise_max_level} of training",
+                                "lowres_noise_level")
         return [lowres_noise_level] * len(self.unet_configs[1:])
 
 
@@ -121,8 +122,10 @@ def load_pipeline(args, device, precision="no"):
     Raises UserError, naming the flag, where a file is missing, is of another kind, or prior,
     decoder and CLIP do not belong together.
     """
-    prior, prior_config, header = load_prior(args.prior_ckpt)
-    unets, unet_configs, decoder_header = load_decoder(args.decoder_ckpt)
+    with rename_argument(path="prior_ckpt"):
+        prior, prior_config, header = load_prior(args.prior_ckpt)
+    with rename_argument(path="decoder_ckpt"):
+        unets, unet_configs, decoder_header = load_decoder(args.decoder_ckpt)
     missing = [n for n in range(1, len(decoder_header["stages"]) + 1) if n not in unets]
     if missing:
         raise UserError(f"stage {missing[0]} is not trained yet: "
@@ -141,17 +144,19 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
     if recorded["fingerprint"] != decoder_recorded["fingerprint"]:
         raise UserError("prior and decoder were trained with different CLIPs "
                         f"({recorded['clip_pretrained']} {recorded['fingerprint']}, "
-                        f"{decoder_recorded['clip_pretrained']} {decoder_recorded['fingerprint']})", "decoder_ckpt")
+                        f"{decoder_recorded['clip_pretrained']} {decoder_recorded['fingerprint']})",
+                        "decoder_ckpt")
     pretrained = args.clip_pretrained
     if pretrained is None:
         beside = Path(args.prior_ckpt).parent / recorded["relative_path"]
         use_beside = recorded["relative_path"] and beside.is_file()
         pretrained = os.path.normpath(beside) if use_beside else recorded["clip_pretrained"]
     clip = load_clip(args.clip_model or recorded["clip_model"], pretrained, device)
-    fingerprint = compute_fingerprint(clip)
+    fingerprint = clip.fingerprint
     if fingerprint != recorded["fingerprint"]:
         raise UserError(f"{pretrained} ({fingerprint}) is not the CLIP that the "
-                        f"checkpoints were trained with ({recorded['fingerprint']})", "clip_pretrained")
+                        f"checkpoints were trained with ({recorded['fingerprint']})",
+                        "clip_pretrained")
     return clip
 
 

@@ -18,26 +18,25 @@ import torch
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from dalle2.data import STORE_IMAGE_SIZE, Store, find_image_format, load_captions, load_image
+from dalle2.data import Store, find_image_format, load_captions
 from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once
+from dalle2.images import STORE_IMAGE_SIZE, encode_jpeg, load_image
 
 BYTES_A_PICTURE = {"uint8": 3 * STORE_IMAGE_SIZE ** 2, "jpeg": 36_000}  # the latter: COCO's mean
-JPEG_QUALITY = 95
 IMAGES_A_STEP, CAPTIONS_A_STEP, BATCH_SIZE = 256, 4096, 256
 
 
-def prepare_store(img_path, annot_path, store_dir, *, split="train", clip=None, fingerprint="",
-                  max_images=None, image_format=None, strict=False, num_workers=None,
-                  progress=True):
+def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None,
+                  image_format=None, strict=False, num_workers=None, progress=True):
     """The Store of a picture folder and its captions file, made where it is not there yet.
 
-    clip, fingerprint: a function that loads the FrozenClip to embed with, and the hex digits that
-    name its weights; None leaves the embeddings out. max_images: the first so many pictures only.
+    clip: the FrozenClip to embed with; None leaves the embeddings out. max_images: how many of
+    the pictures, the first ones; None: all.
     image_format: "uint8", or "jpeg" for a small disk; None: what is there, or uint8.
     strict: a picture that cannot be read is a UserError instead of being left out.
     """
-    records = load_captions(annot_path, img_path, split, max_images)
+    records = load_captions(annot_path, img_path, max_images)
     name = os.path.basename(os.path.normpath(img_path))
     source = {"img_path": os.path.abspath(img_path), "max_images": max_images,
               "annotations": hashlib.sha256(Path(annot_path).read_bytes()).hexdigest(),
@@ -58,8 +57,8 @@ def prepare_store(img_path, annot_path, store_dir, *, split="train", clip=None, 
     if clip is None:
         return store
     embed_folder = build_once(
-        folder / f"clip-{fingerprint}", {"fingerprint": fingerprint},
-        lambda part: prepare_embeddings(store, clip(), part, progress=progress))
+        folder / f"clip-{clip.fingerprint}", {"fingerprint": clip.fingerprint},
+        lambda part: prepare_embeddings(store, clip, part, progress=progress))
     return Store(folder, embed_folder)
 
 
@@ -137,9 +136,11 @@ def prepare_embeddings(store, clip, folder, progress=True):
     np.save(folder / "text_tokens.npy", text_tokens.numpy().astype(np.uint16))
     shapes = {"image_embed.npy": (len(store), clip.embed_dim),
               "text_embed.npy": (len(captions), clip.embed_dim),
-              "text_encodings.npy": (int(token_start[-1]), clip.text_width)}
+              "text_encodings.npy": (int(token_start[-1]), clip.embed_dim)}
     announce(folder, f"embeddings of {len(store)} pictures and {len(captions)} captions",
              2 * sum(a * b for a, b in shapes.values()), progress)
+    for line in clip.list_differences(STORE_IMAGE_SIZE) if progress else ():
+        print(f"note: {line}", flush=True)
     files = GrowingFiles(folder, list(shapes))
     if not files.notes:
         files.append({name: _build_npy_header(shape) for name, shape in shapes.items()}, [0, 0])

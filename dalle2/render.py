@@ -10,8 +10,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from dalle2.data import load_captions, load_image
-from dalle2.images import make_unique_stems, save_image
+from dalle2.data import load_captions
+from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.rng import derive_seed
 
 
@@ -19,7 +19,7 @@ def list_coco_jobs(annot_path, img_path, seed, num_images=None):
     """A job for each of the first `num_images` pictures of a COCO captions file, in the order of
     their ids: {"caption", "image_id", "photo", "seed"}. The caption is one of the picture's, always
     the same one. Raises UserError naming --test_annot_path or --test_img_path."""
-    records = load_captions(annot_path, img_path, "test", num_images)
+    records = load_captions(annot_path, img_path, num_images)
     return [{"caption": record.captions[derive_seed("caption", record.image_id)
                                         % len(record.captions)],
              "image_id": record.image_id, "photo": record.path,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dalle2.data import resize
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
+from dalle2.images import resize
 from dalle2.rng import derive_seed, draw_noise
 
 SAMPLER = "dpmpp_2m"  # the default: benchmarks/RESULTS.md, "Samplers"

@@ -1,7 +1,8 @@
 """The one training loop, for CLIP, prior and every decoder stage.
 
-A stage is a module, a function that draws its batches and a function that gives their loss. The
-loop accumulates, clips, steps, averages, logs, validates, saves and resumes.
+It receives a network and a task (`dalle2.tasks`), which draws batches, computes their losses,
+validates, samples and exports. The loop itself accumulates gradients, clips, steps, averages, logs,
+saves and resumes.
 """
 
 import contextlib
@@ -50,35 +51,28 @@ MAY_CHANGE = {  # what a resumed run may set otherwise
 
 def train(
     *,
-    module,          # network to train, on the CPU
-    compute_loss,    # (module, batch, BatchRandom on the device) -> loss, a scalar or (B,)
-    draw_batch,      # (step, rows, BatchRandom on the CPU) -> dict of tensors; rows is a slice
-    train_config,    # TrainConfig
-    run_dir,         # folder for config.json, metrics.jsonl, curves.png, checkpoints/, samples/
-    header,          # what the run is, as JSON: written to config.json, compared on resuming
-    accelerator,     # accelerate.Accelerator
-    export,          # (state dict of the averaged weights, step, last): writes the exported file
-    validate=None,   # (module, brief) -> {name: number} with "val_loss"; brief: only the losses
-    sample=None,     # (averaged module) -> a picture for samples/, (3, H, W) in [0, 1], or None
-    list_blocks=lambda module: (),  # its blocks, with --fsdp gathered one by one
-    can_split=True,  # whether the loss of a batch is the mean of the losses of its rows
+    task,                    # what is trained: a Task of dalle2.tasks
+    module,                  # its network, on the CPU
+    run_dir,                 # for config.json, metrics.jsonl, curves.png, checkpoints/, samples/
+    accelerator,             # accelerate.Accelerator: devices, precision, processes
+    list_blocks=lambda module: (),  # parts of the network that --fsdp gathers one by one
     log_with="tensorboard",  # "tensorboard", "wandb" or "none", beside metrics.jsonl
 ):
-    """Trains until `train_config.num_steps`, starting from the newest checkpoint in `run_dir`.
+    """Trains until `num_steps`, starting from the newest checkpoint in `run_dir`.
 
     Every process calls it and takes the same path through it; files are written by the first.
     SIGTERM and SIGINT save, then exit with 128 + the signal's number. Raises UserError where the
     run cannot continue, with the last good checkpoint kept.
     """
-    c, run_dir, is_main = train_config, Path(run_dir), accelerator.is_main_process
-    rows = find_own_rows(c.batch_size, accelerator)
+    c, run_dir, is_main = task.config.train, Path(run_dir), accelerator.is_main_process
+    header, rows = task.describe_run(), find_own_rows(c.batch_size, accelerator)
     with contextlib.ExitStack() as stack:
         if is_main:
             stack.enter_context(hold_lock(run_dir / ".lock", wait=False, told=UserError(
                 f"{run_dir} is in use by another process", "output_dir")))
         stop = stack.enter_context(catch_signals())
-        stack.enter_context(explain_memory(can_split))
-        trained = TrainState(module, c, accelerator, list_blocks, can_split)
+        stack.enter_context(explain_memory(task.can_split))
+        trained = TrainState(module, c, accelerator, list_blocks, task.can_split)
 
         # ---- resume: the first process reads, so that the others need no run folder
         start, best = 0, {"step": 0, "val_loss": math.inf}
@@ -94,7 +88,7 @@ def train(
             accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
             average = trained.collect_average()
             if is_main:
-                export(average, start, last=best["step"] > 0)
+                task.export(average, start, last=best["step"] > 0)
             return
         accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {trained}")
         log = None
@@ -102,8 +96,6 @@ def train(
             replace_file(run_dir / "config.json",
                          lambda part: part.write_text(json.dumps(header, indent=2)))
             log = stack.enter_context(MetricsLog(run_dir, start, log_with, header))
-        if holds_anywhere(sample is None, accelerator):  # a stage before this one is not there
-            sample = None
 
         # ---- steps
         pending = []  # (step, lr, loss, gradient norm), tensors until they are written
@@ -112,11 +104,11 @@ def train(
         progress = stack.enter_context(tqdm(
             total=c.num_steps, initial=start, desc=str(run_dir), unit="step", disable=not is_main,
             mininterval=0.1 if sys.stderr.isatty() else 10))
-        batches = stack.enter_context(draw_ahead(draw_batch, c, rows, start, accelerator.device))
+        batches = stack.enter_context(draw_ahead(task, rows, start, accelerator.device))
         for step, batch in batches:
             trained.model.train()
             lr_factor = compute_lr_factor(c, step)
-            loss = trained.compute_gradients(step, batch, compute_loss,
+            loss = trained.compute_gradients(step, batch, task.loss,
                                              is_trial=step < start + TRIAL_STEPS)
             grad_norm = trained.update_weights(step, lr_factor)
             pending.append((step + 1, c.lr * lr_factor, loss, grad_norm))
@@ -126,7 +118,7 @@ def train(
             done = step + 1
             stopped = agree_to_stop(stop, done, accelerator)
             ends = done == c.num_steps or stopped
-            validates = validate and (done == c.num_steps or done % c.validate_every == 0)
+            validates = task.num_val and (done == c.num_steps or done % c.validate_every == 0)
             snapshots = c.snapshot_every and done % c.snapshot_every == 0
             saves = ends or done % c.save_every == 0
             if not (saves or validates or snapshots or done % LOG_EVERY == 0):
@@ -140,7 +132,7 @@ def train(
             # ---- validate; the best weights are those that are used
             is_best = False
             if validates:
-                metrics[-1].update(run_validation(validate, trained.module, trained.average))
+                metrics[-1].update(run_validation(task, trained.module, trained.average))
                 is_best = metrics[-1]["val_loss"] < best["val_loss"]
                 if is_best:
                     best = {"step": done, "val_loss": metrics[-1]["val_loss"]}
@@ -153,9 +145,9 @@ def train(
             if is_best or saves:
                 average = trained.collect_average()
                 if is_main and (is_best or not best["step"]):
-                    export(average, done, last=False)
+                    task.export(average, done, last=False)
                 if is_main and saves and best["step"]:
-                    export(average, done, last=True)
+                    task.export(average, done, last=True)
                 del average
             if snapshots:
                 averages = trained.collect_snapshots()
@@ -169,9 +161,9 @@ def train(
                     save_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
                 del state
                 saved_at = time.monotonic()
-            if saves and sample and not stopped and (is_main or trained.is_shared):
+            if saves and not stopped and (is_main or trained.is_shared):
                 trained.average.eval()
-                picture = sample(trained.average)
+                picture = task.sample(trained.average)
                 if is_main and picture is not None:
                     save_jpeg(picture, run_dir / "samples" / f"step_{done:08d}.jpg")
             if stopped:
@@ -357,12 +349,14 @@ def compute_ema_decay(ema_decay, step):
 
 
 @contextlib.contextmanager
-def draw_ahead(draw_batch, config, rows, start, device):
+def draw_ahead(task, rows, start, device):
     """An iterator over (step, batch) from step `start`. A thread draws BATCHES_AHEAD batches while
     the device computes; a batch is a function of its step, so it is the same batch."""
+    config = task.config.train
+
     def draw(step):
         random = BatchRandom(config.seed, step, "data", batch_size=config.batch_size, rows=rows)
-        batch = draw_batch(step, rows, random)
+        batch = task.draw(step, rows, random)
         if device.type == "cuda":  # from pinned memory a copy to the GPU keeps nobody waiting
             batch = {name: value.pin_memory() for name, value in batch.items()}
         return batch
@@ -441,9 +435,9 @@ def explain_memory(can_split):
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        flag = "device_batch_size" if can_split else "batch_size"
+        argument = "device_batch_size" if can_split else "batch_size"
         advice = ", or --gradient_checkpointing, or --fsdp on more devices" if can_split else ""
-        raise UserError(f"--{flag}: out of GPU memory; take fewer rows at a time{advice}") \
+        raise UserError(f"out of GPU memory; take fewer rows at a time{advice}", argument) \
             from error
 
 
@@ -458,16 +452,17 @@ def count_bad_steps(rows, before, run_dir):
         if before == MAX_BAD_STEPS:
             raise UserError(f"{run_dir}: no finite gradient in {before} steps up to step "
                             f"{row['step']}; a lower learning rate, a longer warm-up or "
-                            "--mixed_precision no or bf16 may help. The last checkpoint is kept", "lr")
+                            "--mixed_precision no or bf16 may help. The last checkpoint is kept",
+                            "lr")
     return before
 
 
-def run_validation(validate, module, average):
+def run_validation(task, module, average):
     """Metrics of the averaged weights, and the losses of the raw ones with "_raw" at the end."""
     average.eval()
-    row = validate(average, brief=False)
+    row = task.validate(average, brief=False)
     module.eval()
-    return row | {f"{name}_raw": value for name, value in validate(module, brief=True).items()}
+    return row | {f"{name}_raw": loss for name, loss in task.validate(module, brief=True).items()}
 
 
 def compute_lr_factor(config, step):

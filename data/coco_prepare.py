@@ -25,8 +25,8 @@ def main():
                         help="stop at a picture that cannot be read, instead of leaving it out")
     args = parser.parse_args()
     cli.check_data(args)
-    stores = cli.open_stores(args, cli.ClipSource(args.clip_model, args.clip_pretrained),
-                             image_format=args.image_format, strict=args.strict)
+    stores = cli.open_stores(args, cli.load_clip(args), image_format=args.image_format,
+                             strict=args.strict)
     for split, store in zip(("train", "val"), stores):
         if store and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             captions = sum(len(group) for group in store.captions)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from dalle2.checkpoint import save_export
-from dalle2.clip import build_clip, compute_fingerprint, load_clip
+from dalle2.clip import build_clip, load_clip
 from dalle2.config import PRESETS, config_to_dict
 from dalle2.models import build_prior, build_unet
 
@@ -26,7 +26,7 @@ def write_checkpoints(folder, clip_path, prior=TOY.prior, unets=TOY.decoder.unet
     noise in every weight (without it the decoder draws gray). Returns the flags that name them."""
     torch.manual_seed(0)
     clip = {"clip_model": "", "clip_pretrained": str(clip_path), "relative_path": "",
-            "fingerprint": compute_fingerprint(load_clip("", str(clip_path)))}
+            "fingerprint": load_clip("", str(clip_path)).fingerprint}
     weights = {f"net.{name}": value for name, value in build_prior(prior, D).state_dict().items()}
     save_export(folder / "prior.safetensors", "prior", {
         "config": config_to_dict(prior), "embed_dim": D, "clip": clip, "step": 0},

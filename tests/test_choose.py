@@ -59,9 +59,8 @@ def folder(clip_path, tmp_path_factory):
 
 @pytest.fixture
 def store(toy, store_dir, clip_path, folder):
-    fingerprint = read_export_header(folder / "prior.safetensors", "prior")["clip"]["fingerprint"]
-    return prepare_store(toy / "val", toy / "captions_val.json", store_dir, split="val",
-                         clip=lambda: load_clip("", str(clip_path)), fingerprint=fingerprint,
+    return prepare_store(toy / "val", toy / "captions_val.json", store_dir,
+                         clip=load_clip("", str(clip_path)),
                          max_images=N, progress=False)
 
 
@@ -175,13 +174,13 @@ def test_a_later_stage_draws_from_true_small_pictures(choose, folder, store, mon
 
 def test_a_stage_is_written_beside_the_others(folder, tmp_path, capsys):
     run = open_run(shutil.copytree(folder, tmp_path / "run") / "unet2")
-    before = load_export(run.export, "decoder", "")
+    before = load_export(run.export, "decoder")
     best = {"export": "decoder.safetensors", "step": 0, "sigma_rel": None, "score": 1.0}
     write_chosen(run, best, "cmmd")
     assert "holds the best already" in capsys.readouterr().out
-    assert load_export(run.export, "decoder", "")[0] == before[0]
+    assert load_export(run.export, "decoder")[0] == before[0]
     write_chosen(run, best | {"export": None, "step": 4, "sigma_rel": 0.2}, "cmmd")
-    header, weights = load_export(run.export, "decoder", "")
+    header, weights = load_export(run.export, "decoder")
     assert header["stages"][0] == before[0]["stages"][0]
     assert header["stages"][1] == {**before[0]["stages"][1], "step": 4, "chosen": {
         "step": 4, "sigma_rel": 0.2, "metric": "cmmd", "score": 1.0}}

@@ -67,7 +67,7 @@ def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
         tmp_path / "b.pt", map_location="cpu", weights_only=True), strict=True)
     torch.testing.assert_close(run_prior(stock.net), run_prior(ours), atol=1e-5, rtol=1e-4)
     run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors")
-    weights = [load_export(tmp_path / f"{name}.safetensors", "prior", "x")[1] for name in "ac"]
+    weights = [load_export(tmp_path / f"{name}.safetensors", "prior")[1] for name in "ac"]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

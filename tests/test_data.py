@@ -6,20 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle2.clip import compute_fingerprint, load_clip
-from dalle2.data import (
-    Store,
+from dalle2.clip import load_clip
+from dalle2.data import Store, draw_indexes, load_captions, read_crops
+from dalle2.errors import UserError
+from dalle2.images import (
     cut_jpeg,
     decode_jpeg,
-    draw_indexes,
-    load_captions,
+    encode_jpeg,
     load_image,
-    read_crops,
     resize,
     resize_and_crop,
 )
-from dalle2.errors import UserError
-from dalle2.prepare import encode_jpeg, prepare_store
+from dalle2.prepare import prepare_store
 
 
 def write_coco(folder, images, captions):
@@ -79,8 +77,8 @@ def test_exif_rotation_is_undone(tmp_path):
 def store(toy, clip_path, tmp_path_factory):
     clip = load_clip("", str(clip_path))
     return prepare_store(toy / "train", toy / "captions_train.json",
-                         tmp_path_factory.mktemp("store"), clip=lambda: clip,
-                         fingerprint=compute_fingerprint(clip), progress=False)
+                         tmp_path_factory.mktemp("store"), clip=clip,
+                         progress=False)
 
 
 def test_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, clip_path):

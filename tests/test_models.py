@@ -263,5 +263,5 @@ def test_stages_that_are_exported_at_the_same_time_are_both_kept(tmp_path, monke
         thread.start()
     for thread in threads:
         thread.join()
-    header, weights = load_export(path, "decoder", "--output_dir")
+    header, weights = load_export(path, "decoder")
     assert all(header["stages"]) and set(weights) == {"unets.0.weight", "unets.1.weight"}

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from test_data import write_coco
 
-from dalle2.clip import compute_fingerprint, load_clip
+from dalle2.clip import load_clip
 from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once
 from dalle2.prepare import prepare_store
@@ -43,8 +43,7 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
          "missing.jpg": ["z"], "e.jpg": ["one", "  "], "f.jpg": ["t"], "g.jpg": ["u"],
          "thin.png": ["word " * 500], "wide.png": ["ünïcode ☃ 雪"]})
     clip = load_clip("", str(clip_path))
-    store = prepare(tmp_path, annot_path, clip=lambda: clip,
-                    fingerprint=compute_fingerprint(clip))
+    store = prepare(tmp_path, annot_path, clip=clip)
     assert store.file_names == ["a.jpg", "e.jpg", "thin.png", "wide.png"]
     assert store.image_ids == [10, 14, 17, 18] and len(store.images) == 4
     assert [len(c) for c in store.captions] == [6, 1, 1, 1]
@@ -143,12 +142,12 @@ PREPARE = """
 import sys
 sys.path[:0] = [{root!r}]
 import dalle2.prepare as prepare
-from dalle2.clip import load_clip, compute_fingerprint
+from dalle2.clip import load_clip
 prepare.IMAGES_A_STEP = prepare.BATCH_SIZE = 4
 prepare.CAPTIONS_A_STEP = 16
 clip = load_clip("", {clip!r})
 prepare.prepare_store({toy!r} + "/train", {toy!r} + "/captions_train.json", {store!r},
-                      clip=lambda: clip, fingerprint=compute_fingerprint(clip), progress=False)
+                      clip=clip, progress=False)
 """
 
 

@@ -43,11 +43,12 @@ def run_training(folder, config=CONFIG, stop_at=None, compute_loss=None, at_step
     exported = {}
 
     checkpoint = load_newest_checkpoint(folder / "checkpoints")
-    steps = iter(range(checkpoint["step"] if checkpoint else 0, config.num_steps))
+    rows = [config.batch_size * (checkpoint["step"] if checkpoint else 0)]
 
     def default_loss(module, batch, random):
-        if at_step:
-            at_step(next(steps))
+        if at_step and rows[0] % config.batch_size == 0:
+            at_step(rows[0] // config.batch_size)
+        rows[0] += len(batch["x"])
         return (module(batch["x"] + random.randn(3)) - batch["x"][:, :2]).square().mean(1)
 
     def draw_batch(step, rows, random):
