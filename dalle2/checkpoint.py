@@ -124,8 +124,7 @@ def explain_damage(path):
         yield
     except Exception as error:
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        field = getattr(error, "argument", None)
-        what = " ".join(f"{field}: {what}".split() if field else what.split())
+        what = " ".join(what.split())
         raise UserError(f"{path} is damaged: {what:.300}", "path") from error
 
 

@@ -63,8 +63,7 @@ def run(main):
         main()
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            flag = f"--{error.argument}: " if error.argument else ""
-            print(f"error: {flag}{error}", file=sys.stderr)
+            print(f"error: {'--' if error.argument else ''}{error}", file=sys.stderr)
         sys.exit(2)
 
 

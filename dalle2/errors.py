@@ -14,6 +14,10 @@ class UserError(Exception):
         super().__init__(message)
         self.argument = argument
 
+    def __str__(self):
+        message = super().__str__()
+        return f"{self.argument}: {message}" if self.argument else message
+
 
 @contextlib.contextmanager
 def rename_argument(**names):

@@ -17,10 +17,11 @@ from dalle2.clip import ClipLoss, FrozenClip, build_tokenizer, preprocess_image
 from dalle2.config import config_to_dict
 from dalle2.data import draw_indexes, load_pictures, read_crops
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
+from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import arrange, crop, resize
 from dalle2.metrics import compute_prior_scores, compute_recall
-from dalle2.models import load_decoder, save_decoder_stage
+from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed, sample_images
 from dalle2.validation import compute_fixed_timesteps, map_rows, summarize_by_quartile
@@ -315,7 +316,7 @@ class UnetTask(Task):
         if not self.val_store or self.earlier is None:
             return None
         unets, configs = self.earlier
-        rows = [torch.from_numpy(self.val_store.images[range(NUM_SAMPLES)[:self.num_val]]) / 255]
+        rows = [torch.from_numpy(np.array(self.val_store.images[:NUM_SAMPLES])) / 255]
         for embeds in self.sample_embeds:
             with self.accelerator.autocast():
                 rows.append(sample_images([*unets, module], [*configs, self.config], embeds,
@@ -330,3 +331,25 @@ class UnetTask(Task):
         save_decoder_stage(
             Path(self.output_dir) / f"decoder{'_last' if last else ''}.safetensors",
             self.unet_number, self.config, state, self.header, step, self.num_stages)
+
+
+def collect_sample_embeds(val_store, prior_ckpt, clip, device):
+    """What `UnetTask.sample` shows: image embeddings of the first validation pictures, true ones,
+    text embeddings in their place, and, with a prior, what it makes of the captions. clip: the
+    record of the CLIP that the prior has to be trained with."""
+    if val_store is None:
+        return []
+    rows = val_store.caption_start[:-1][:NUM_SAMPLES]  # the first caption of each
+    text_embed = torch.from_numpy(val_store.text_embed[rows]).float().to(device)
+    image_embed = torch.from_numpy(np.array(val_store.image_embed[:NUM_SAMPLES])).float()
+    embeds = [image_embed.to(device), text_embed]
+    if prior_ckpt:
+        with rename_argument(path="prior_ckpt"):
+            prior, config, header = load_prior(prior_ckpt)
+        if header["clip"]["fingerprint"] != clip["fingerprint"]:
+            raise UserError(f"{prior_ckpt} was trained with another CLIP", "prior_ckpt")
+        text_encodings = val_store.load_text_encodings(rows, config.max_text_len).to(
+            device, torch.float32)
+        embeds.append(sample_image_embed(prior.to(device), config, text_embed, text_encodings,
+                                         range(len(rows))))
+    return embeds

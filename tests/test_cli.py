@@ -154,5 +154,5 @@ def test_precision_is_what_the_gpu_computes_in(monkeypatch, capability, given, r
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert cli.resolve_precision(given) == resolved
     if capability is None:
-        with pytest.raises(UserError, match="--mixed_precision: fp16 needs a GPU"):
+        with pytest.raises(UserError, match="mixed_precision: fp16 needs a GPU"):
             cli.resolve_precision("fp16")

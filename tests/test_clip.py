@@ -195,7 +195,7 @@ def test_models_with_another_tokenizer_are_refused():
     assert {"ViT-B-16-SigLIP", "ViT-L-14-CLIPA", "xlm-roberta-base-ViT-B-32"} <= set(refused)
     for name in refused:
         for pretrained in ("webli", "README.md"):
-            with pytest.raises(UserError, match=f"--clip_model: {name} has the tokenizer of"):
+            with pytest.raises(UserError, match=f"clip_model: {name} has the tokenizer of"):
                 load_clip(name, pretrained)
 
 

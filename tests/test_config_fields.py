@@ -79,7 +79,7 @@ def test_training(field, tmp_path, seen):
             return {"val_loss": 1.0}
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         exported, raw, metrics = run_training(
-            folder, config, validate=validate, at_step=events.append,
+            folder, config, validate=validate, num_val=1, at_step=events.append,
             sample=lambda module: events.append("sample"))
         return {"exported": exported, "raw": raw, "events": events,
                 "snapshots": len(list((folder / "averages").glob("*"))),
@@ -100,7 +100,7 @@ def test_mixed_precision():
 
 @pytest.mark.parametrize("other", [{"compile": True}, {"mixed_precision": "fp16"}])
 def test_what_does_not_go_with_fsdp_is_refused(other):
-    with pytest.raises(UserError, match="--fsdp: goes with neither"):
+    with pytest.raises(UserError, match="fsdp: goes with neither"):
         validate_config(replace(CONFIG, fsdp=True, **other))
 
 

@@ -114,7 +114,7 @@ def test_a_kill_while_saving_leaves_whole_files_and_damage_is_named(tmp_path, mo
         replace(source, target)
     averages = PowerAverages(module)
     averages.update(1)
-    with pytest.raises(UserError, match="--run_dir: .* no averages up to step 1"):
+    with pytest.raises(UserError, match="run_dir: .* no averages up to step 1"):
         synthesize(tmp_path, 1, 0.1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", die_at_second)
@@ -124,5 +124,5 @@ def test_a_kill_while_saving_leaves_whole_files_and_damage_is_named(tmp_path, mo
     assert len(list(path.parent.iterdir())) == 2  # and what was being written
     assert synthesize(tmp_path, 1, 0.1)["constant"].tolist() == pytest.approx([0.7] * 3, rel=1e-3)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=f"--run_dir: {path} "):
+    with pytest.raises(UserError, match=f"run_dir: {path} "):
         synthesize(tmp_path, 1, 0.1)

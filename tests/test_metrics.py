@@ -217,7 +217,7 @@ def test_inception_from_a_file_needs_no_network(monkeypatch, tmp_path):
 def test_inception_that_cannot_be_had_is_one_line_in_bounded_time(monkeypatch, tmp_path):
     pytest.importorskip("torch_fidelity")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="--inception_weights: no such file"):
+    with pytest.raises(UserError, match="inception_weights: no such file"):
         load_inception(tmp_path / "absent.pth")
     for backlog in (0, 1):  # nobody there; somebody who never answers
         with socket.socket() as server:

@@ -215,7 +215,7 @@ def test_dropping_the_text_drops_it_for_its_row_alone():
 
 def test_sizes_that_the_network_cannot_halve_are_named():
     config = replace(TOY.decoder.unets[0], image_size=30)
-    with pytest.raises(UserError, match="--image_size"):
+    with pytest.raises(UserError, match="image_size"):
         build_unet(config, 1, D)
 
 

@@ -63,10 +63,10 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
 def test_strict_makes_a_bad_photo_an_error(tmp_path):
     annot_path = write_coco(tmp_path, {"a.jpg": GOOD, "b.jpg": b"junk"},
                             {"a.jpg": ["one"], "b.jpg": ["two"]})
-    with pytest.raises(UserError, match="--strict: .*b.jpg: not a picture"):
+    with pytest.raises(UserError, match="strict: .*b.jpg: not a picture"):
         prepare(tmp_path, annot_path, strict=True)
     assert len(prepare(tmp_path, annot_path)) == 1
-    with pytest.raises(UserError, match="--strict: .* 1 of 2 pictures left out"):
+    with pytest.raises(UserError, match="strict: .* 1 of 2 pictures left out"):
         prepare(tmp_path, annot_path, strict=True)
 
 
@@ -85,14 +85,14 @@ def test_a_jpeg_store_shows_the_same_pictures_in_less_space(toy, tmp_path):
     thumbs = [store.load_small_images(32).astype(float) for store in (small, plain)]
     assert np.abs(thumbs[0] - thumbs[1]).mean() < 2
     assert prepare_store(*arguments, tmp_path / "small", progress=False).image_format == "jpeg"
-    with pytest.raises(UserError, match="--image_format"):
+    with pytest.raises(UserError, match="image_format"):
         prepare_store(*arguments, tmp_path / "small", image_format="uint8", progress=False)
 
 
 def test_a_full_disk_is_told_beforehand(tmp_path, monkeypatch):
     annot_path = write_coco(tmp_path, {"a.jpg": GOOD}, {"a.jpg": ["one"]})
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match="--store_dir: 1 pictures need"):
+    with pytest.raises(UserError, match="store_dir: 1 pictures need"):
         prepare(tmp_path, annot_path)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -33,43 +34,55 @@ CONFIG = TrainConfig(num_steps=8, batch_size=4, lr=1e-2, warmup_steps=2, weight_
                      ema_decay=0.9, save_every=4, validate_every=4)
 
 
-def run_training(folder, config=CONFIG, stop_at=None, compute_loss=None, at_step=None, **options):
-    """Trains a small network on fixed numbers; returns (exported weights, raw weights, metrics).
-    stop_at: the step that dies; at_step: called with the number of each step."""
-    torch.manual_seed(0)
-    module = options.pop("module", None) or nn.Sequential(
-        nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
-    last_exports = options.pop("last_exports", {})
-    exported = {}
+class SmallTask:
+    """Fixed numbers in, fewer out: what the loop asks of a task. at_step: called with the number of
+    each step; stop_at: the step at which the process dies."""
 
-    checkpoint = load_newest_checkpoint(folder / "checkpoints")
-    rows = [config.batch_size * (checkpoint["step"] if checkpoint else 0)]
+    num_val, can_split = 0, True
 
-    def default_loss(module, batch, random):
-        if at_step and rows[0] % config.batch_size == 0:
-            at_step(rows[0] // config.batch_size)
-        rows[0] += len(batch["x"])
-        return (module(batch["x"] + random.randn(3)) - batch["x"][:, :2]).square().mean(1)
+    def __init__(self, config, start=0, stop_at=None, at_step=None):
+        self.config, self.stop_at, self.at_step = SimpleNamespace(train=config), stop_at, at_step
+        self.rows_seen = start * config.batch_size
+        self.exported, self.last_exported = {}, {}
 
-    def draw_batch(step, rows, random):
-        if step == stop_at:
+    def describe_run(self):
+        return {"lr": self.config.train.lr}
+
+    def draw(self, step, rows, random):
+        if step == self.stop_at:
             raise KeyboardInterrupt
         return {"x": random.rand(3)}
-    draw_batch = options.pop("draw_batch", draw_batch)
 
-    def export(state, step, last):
-        into = last_exports if last else exported
-        into.update({k: v.clone() for k, v in state.items()}, step=step)
-    try:
-        train(module=module, compute_loss=compute_loss or default_loss, draw_batch=draw_batch,
-              train_config=config, run_dir=folder, header={"lr": config.lr},
-              accelerator=Accelerator(cpu=True), export=export, log_with="none",
-              **options)
-    except KeyboardInterrupt:
-        pass
-    exported.pop("step", None)
+    def loss(self, module, batch, random):
+        batch_size = self.config.train.batch_size
+        if self.at_step and self.rows_seen % batch_size == 0:
+            self.at_step(self.rows_seen // batch_size)
+        self.rows_seen += len(batch["x"])
+        return (module(batch["x"] + random.randn(3)) - batch["x"][:, :2]).square().mean(1)
+
+    def sample(self, module):
+        return None
+
+    def export(self, state, step, last):
+        into = self.last_exported if last else self.exported
+        into.update({name: value.clone() for name, value in state.items()})
+
+
+def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None, **parts):
+    """Trains a small network; returns (exported weights, raw weights, metrics). parts: of the
+    SmallTask that are replaced: loss, draw, validate, sample, num_val, can_split."""
+    torch.manual_seed(0)
+    module = module or nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(),
+                                     nn.Linear(8, 2))
+    checkpoint = load_newest_checkpoint(folder / "checkpoints")
+    task = SmallTask(config, checkpoint["step"] if checkpoint else 0, stop_at, at_step)
+    for name, part in parts.items():
+        setattr(task, name, part)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(task=task, module=module, run_dir=folder, accelerator=Accelerator(cpu=True),
+              log_with="none")
     path = folder / "metrics.jsonl"  # the first process writes it
-    return exported, module.state_dict(), read_metrics(path) if path.exists() else []
+    return task.exported, module.state_dict(), read_metrics(path) if path.exists() else []
 
 
 def test_exported_weights_are_the_average_and_not_the_raw_ones(tmp_path):
@@ -130,7 +143,7 @@ def test_optimizer_settings_are_at_work(tmp_path, field, value):
 
 def test_a_step_is_bounded_by_clipping(tmp_path):
     *_, metrics = run_training(
-        tmp_path, compute_loss=lambda m, b, r: 1e6 * m(b["x"]).square().mean(1))
+        tmp_path, loss=lambda m, b, r: 1e6 * m(b["x"]).square().mean(1))
     assert metrics[0]["grad_norm"] > 1e3  # logged before it is clipped
     assert metrics[-1]["loss"] < 10 * metrics[0]["loss"]
 
@@ -149,7 +162,7 @@ def test_the_same_numbers_whatever_the_number_of_processes():
 
 
 def test_uneven_batches_are_refused():
-    with pytest.raises(UserError, match="--batch_size: 10 does not divide among 4 processes"):
+    with pytest.raises(UserError, match="batch_size: 10 does not divide among 4 processes"):
         count_rows(10, 4)
 
 
@@ -229,7 +242,7 @@ def test_two_machines_resume_from_the_first_ones_folder(tmp_path):
 
 
 def train_on_a_small_second_device(folder, rank):
-    run_training(folder, module=SmallDevice(1 if rank else 4), compute_loss=loss_of_noise)
+    run_training(folder, module=SmallDevice(1 if rank else 4), loss=loss_of_noise)
 
 
 def loss_of_noise(module, batch, random):
@@ -239,7 +252,7 @@ def loss_of_noise(module, batch, random):
 def test_where_one_of_two_processes_lacks_memory_both_take_fewer_rows(tmp_path, capfd):
     run_in_two_processes(train_on_a_small_second_device, tmp_path)
     assert capfd.readouterr().out.count("out of memory with 2 rows at a time: now 1") == 1
-    *_, whole = run_training(tmp_path / "one", module=SmallDevice(4), compute_loss=loss_of_noise)
+    *_, whole = run_training(tmp_path / "one", module=SmallDevice(4), loss=loss_of_noise)
     both = read_metrics(tmp_path / "metrics.jsonl")
     for one, other in zip(whole, both, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -276,7 +289,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, muon_lr):
         loss = module(batch["x"]).square().mean(1)
         return loss * float("nan") if len(weights) == 4 else loss
     *_, metrics = run_training(tmp_path, replace(CONFIG, muon_lr=muon_lr),
-                               compute_loss=compute_loss)
+                               loss=compute_loss)
     assert [m["step"] for m in metrics if m.get("skipped")] == [4]
     for before, after, later in zip(weights[3], weights[4], weights[5]):
         assert torch.equal(before, after) and torch.isfinite(later).all()
@@ -284,9 +297,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path, muon_lr):
 
 
 def test_a_run_that_never_has_a_finite_gradient_stops_with_a_word(tmp_path):
-    with pytest.raises(UserError, match="--lr: .* no finite gradient in 20 steps up to step 20"):
+    with pytest.raises(UserError, match="lr: .* no finite gradient in 20 steps up to step 20"):
         run_training(tmp_path, replace(CONFIG, num_steps=60, save_every=100),
-                     compute_loss=lambda m, b, r: m(b["x"]).mean(1) * float("inf"))
+                     loss=lambda m, b, r: m(b["x"]).mean(1) * float("inf"))
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path):
@@ -314,11 +327,10 @@ def test_the_best_weights_by_validation_are_exported_and_the_last_beside_them(tm
         seen.append((brief, module.training))
         return {"val_loss": [5.0, 5.5, 3.0, 3.5, 4.0, 4.5, 9.0, 9.5][len(seen) - 1]}
     exported, _, metrics = run_training(tmp_path, replace(CONFIG, validate_every=2),
-                                        validate=validate, last_exports=last)
+                                        validate=validate, num_val=1, last_exported=last)
     assert seen == [(False, False), (True, False)] * 4
     assert [(m["step"], m["val_loss"], m["val_loss_raw"]) for m in metrics if "val_loss" in m] == [
         (2, 5.0, 5.5), (4, 3.0, 3.5), (6, 4.0, 4.5), (8, 9.0, 9.5)]
-    assert last.pop("step") == 8
     assert not any(torch.equal(last[name], exported[name]) for name in exported)
     assert load_newest_checkpoint(tmp_path / "checkpoints")["best"] == {"step": 4, "val_loss": 3.0}
     assert (tmp_path / "curves.png").stat().st_size > 5000
@@ -354,9 +366,9 @@ class SmallDevice(nn.Module):
 
 @pytest.mark.parametrize("since", [0, 3])
 def test_where_memory_runs_out_rows_are_halved_and_the_step_is_repeated(tmp_path, since, capsys):
-    _, _, whole = run_training(tmp_path / "a", module=SmallDevice(4), compute_loss=loss_of_noise)
+    _, _, whole = run_training(tmp_path / "a", module=SmallDevice(4), loss=loss_of_noise)
     small = SmallDevice(1, since)
-    _, _, parts = run_training(tmp_path / "b", module=small, compute_loss=loss_of_noise)
+    _, _, parts = run_training(tmp_path / "b", module=small, loss=loss_of_noise)
     assert small.seen == since * [4] + [4, 2] + (8 - since) * [1, 1, 1, 1]
     assert capsys.readouterr().out.count("out of memory with") == 2
     for one, other in zip(whole, parts, strict=True):
@@ -369,7 +381,7 @@ def test_where_memory_runs_out_rows_are_halved_and_the_step_is_repeated(tmp_path
 def test_lack_of_memory_for_a_single_row_is_said_in_one_line(tmp_path, can_split, flag):
     with pytest.raises(UserError, match=f"{flag}: out of GPU memory"):
         run_training(tmp_path, module=SmallDevice(0), can_split=can_split,
-                     compute_loss=lambda module, batch, random: module(batch["x"]).mean())
+                     loss=lambda module, batch, random: module(batch["x"]).mean())
 
 
 def test_killed_a_hundred_times_while_saving_there_is_always_a_checkpoint(tmp_path, monkeypatch):
@@ -434,11 +446,11 @@ def test_batches_are_drawn_ahead_and_no_further(tmp_path):
         ahead.append(len(drawn) - len(ahead))
         return loss_of_noise(module, batch, random)
 
-    def draw_batch(step, rows, random):
+    def draw(step, rows, random):
         drawn.append(threading.current_thread())
         return {"x": random.rand(3)}
-    run_training(tmp_path, replace(CONFIG, num_steps=12), draw_batch=draw_batch,
-                 compute_loss=compute_loss)
+    run_training(tmp_path, replace(CONFIG, num_steps=12), draw=draw,
+                 loss=compute_loss)
     assert max(ahead) == BATCHES_AHEAD + 1 and threading.main_thread() not in drawn
 
 

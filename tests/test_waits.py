@@ -1,18 +1,16 @@
 """A training step never waits for the device: nothing in it reads a number back to the CPU."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
-from dalle2.losses import compute_prior_loss, compute_unet_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle2.clip import ClipLoss, build_clip, preprocess_image
+from dalle2.clip import build_clip
 from dalle2.config import PRESETS
-from dalle2.diffusion import Diffusion, build_diffusion
 from dalle2.models import build_prior, build_unet
+from dalle2.tasks import ClipTask, PriorTask, UnetTask
 from dalle2.train_loop import TrainState
 
 TOY, D, B = PRESETS["toy"], 128, 4
@@ -38,39 +36,31 @@ class WaitCounter(TorchDispatchMode):
 def make_step(name, device):
     """A function that takes one training step of the toy preset's network, with Muon."""
     torch.manual_seed(0)
+    accelerator = Accelerator(cpu=device == "cpu")
     embed = torch.randn(B, D)
     if name == "clip":
-        config, module = TOY.clip, build_clip(TOY.clip)
-        clip_loss = ClipLoss(rank=0, world_size=1)
+        task, module = ClipTask(TOY.clip, accelerator), build_clip(TOY.clip)
         batch = {"image": torch.zeros(B, 3, 48, 48, dtype=torch.uint8),
-                 "text_tokens": torch.ones(B, config.context_length, dtype=torch.long)}
-
-        def compute_loss(module, batch, random):
-            return clip_loss(*module(preprocess_image(batch["image"], config.image_size),
-                                     batch["text_tokens"]))
+                 "text_tokens": torch.ones(B, TOY.clip.context_length, dtype=torch.long)}
     elif name == "prior":
-        config, module = TOY.prior, build_prior(TOY.prior, D)
-        compute_loss = partial(compute_prior_loss, config=config, diffusion=Diffusion(
-            config.timesteps, config.beta_schedule, predict_x_start=True, device=device))
+        task, module = PriorTask(TOY.prior, accelerator), build_prior(TOY.prior, D)
         batch = {"image_embed": embed, "text_embed": embed, "text_encodings": torch.zeros(B, 26, D)}
     else:
         number = int(name[-1])
-        config = TOY.decoder.unets[number - 1]
-        module = build_unet(config, number, D)
-        compute_loss = partial(compute_unet_loss, config=config,
-                               diffusion=build_diffusion(config, device))
-        side = config.crop_size or config.image_size
+        task = UnetTask(number, TOY.decoder, accelerator)
+        module = build_unet(task.config, number, D)
+        side = task.crop_size
         batch = {"image": torch.zeros(B, 3, side, side, dtype=torch.uint8)}
         batch |= {"image_embed": embed} if number == 1 else {
             "lowres_cond_img": torch.zeros(B, 3, 32, 32, dtype=torch.uint8),
             "corner": torch.zeros(B, 2, dtype=torch.long)}
-    train = replace(config.train, batch_size=B, snapshot_every=1)
-    state = TrainState(module, train, Accelerator(cpu=device == "cpu"))
+    train = replace(task.config.train, batch_size=B, snapshot_every=1)
+    state = TrainState(module, train, accelerator)
     if device == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
 
     def take_step(step):
-        state.compute_gradients(step, batch, compute_loss)
+        state.compute_gradients(step, batch, task.loss)
         state.update_weights(step, lr_factor=1.0)
     return take_step
 
