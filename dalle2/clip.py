@@ -133,8 +133,8 @@ class FrozenClip:
                          f"{side} px or less embeds them in less time")
         if self.resize_mode != "shortest":
             lines.append(f"this CLIP was trained on whole photos made square ({self.resize_mode}) "
-                         "and sees the square in the middle of each: python -m dalle2.doctor tells "
-                         "how well it finds their captions")
+                         "and sees the square in the middle of each: python -m dalle2.tools.doctor "
+                         "tells how well it finds their captions")
         return lines
 
 

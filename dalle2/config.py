@@ -54,7 +54,7 @@ class TrainConfig:
     save_minutes: float = setting(0.0, least=0, help="and minutes between them; 0: steps alone")
     validate_every: int = setting(2500, help="steps between validations")
     snapshot_every: int = setting(0, least=0, help="steps between snapshots of two averages of the "
-                                  "weights, for dalle2.choose; 0: none")
+                                  "weights, for dalle2.tools.choose; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,16 @@ from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import arrange, crop, resize
-from dalle2.metrics import compute_prior_scores, compute_recall
 from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed, sample_images
-from dalle2.validation import compute_fixed_timesteps, map_rows, summarize_by_quartile
+from dalle2.validation import (
+    compute_fixed_timesteps,
+    compute_prior_scores,
+    compute_recall,
+    map_rows,
+    summarize_by_quartile,
+)
 
 NUM_SAMPLES = 8  # pictures a row of the sample grids
 

@@ -17,10 +17,11 @@ import torch
 from helpers import TOY, change_unets, write_checkpoints
 from PIL import Image
 
-from dalle2 import app, cli
+from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.images import save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.tools import app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SETTINGS = {"seed": 5, "cond_scale": 1.5, "prior_cond_scale": 1.0, "sample_timesteps": (3, 2, 1)}
@@ -134,7 +135,7 @@ def test_the_page_in_a_browser(flags, tmp_path):
     told = tmp_path / "told"
     with open(told, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dalle2.app", *flags, "--port", str(port)], stdout=file,
+            [sys.executable, "-m", "dalle2.tools.app", *flags, "--port", str(port)], stdout=file,
             stderr=subprocess.STDOUT, env={**os.environ, "GRADIO_TEMP_DIR": str(tmp_path),
                                            "http_proxy": "http://127.0.0.1:9"})
     try:

@@ -10,8 +10,7 @@ import torch
 from helpers import TOY, D, change_unets, check_refused, write_checkpoints, write_clip
 from PIL import Image
 
-from dalle2 import metrics, sampling
-from dalle2.candidates import open_run, write_chosen
+from dalle2 import sampling
 from dalle2.checkpoint import load_export, read_export_header
 from dalle2.clip import load_clip
 from dalle2.config import config_to_dict
@@ -20,6 +19,8 @@ from dalle2.ema import PowerAverages, save_snapshot, synthesize
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
+from dalle2.tools import metrics
+from dalle2.tools.candidates import open_run, write_chosen
 
 PRIOR = replace(TOY.prior, sample_timesteps=2)
 UNETS = change_unets({"image_size": 16, "sample_timesteps": 1},
@@ -117,7 +118,7 @@ def test_a_prior_is_chosen_by_cosine_and_written(choose, folder, store, monkeypa
     def fail(*args, **options):
         raise RuntimeError("drawn again")
     with monkeypatch.context() as patch:
-        patch.setattr("dalle2.candidates.sample_image_embed", fail)
+        patch.setattr("dalle2.tools.candidates.sample_image_embed", fail)
         assert choose(folder, "--write")[0] == 0
         written, _, header = load_prior(folder / "prior.safetensors")
         assert header["chosen"] == {"step": step, "sigma_rel": sigma_rel, "metric": "cosine",

@@ -10,7 +10,7 @@ from test_data import write_coco
 from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dalle2 import cli, doctor
+from dalle2 import cli
 from dalle2.clip import (
     build_clip,
     check_clip_name,
@@ -21,6 +21,7 @@ from dalle2.data import load_captions
 from dalle2.errors import UserError
 from dalle2.models import build_prior
 from dalle2.prepare import prepare_store
+from dalle2.tools import doctor
 
 START, END = 49406, 49407
 CAPTIONS = ["a red bus", "", "wow!!! " * 60, "ünïcode ☃ 雪"]

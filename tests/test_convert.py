@@ -7,11 +7,12 @@ import pytest
 import torch
 from dalle2_pytorch import dalle2_pytorch as library
 
-from dalle2 import cli, convert
+from dalle2 import cli
 from dalle2.checkpoint import load_export, save_export
 from dalle2.config import PRESETS, config_to_dict
 from dalle2.diffusion import compute_betas
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
+from dalle2.tools import convert
 
 TOY, D = PRESETS["toy"], 128
 CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")

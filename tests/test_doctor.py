@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from test_data import write_coco
 
-from dalle2 import doctor
 from dalle2.config import PRESETS, DecoderConfig
+from dalle2.tools import doctor
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from helpers import TOY, change_unets, write_checkpoints, write_clip
 from PIL import Image
 
-from dalle2 import metrics
 from dalle2.clip import load_clip
 from dalle2.images import save_jpeg
+from dalle2.tools import metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from helpers import TOY, change_unets, check_refused, write_checkpoints
 from PIL import Image
 
-from dalle2 import explore
 from dalle2.config import UnetConfig
 from dalle2.diffusion import Diffusion
 from dalle2.pipeline import Pipeline, load_pipeline
 from dalle2.sampling import compute_levels, invert_ddim, sample_ddim
+from dalle2.tools import explore
 
 PHOTO, OTHER = "val/000000.jpg", "val/000003.jpg"
 MEAN, SPREAD, DROPPED_MEAN = 0.1, 0.25, 0.4

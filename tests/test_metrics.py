@@ -9,21 +9,20 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from dalle2 import metrics
 from dalle2.errors import UserError
-from dalle2.metrics import (
+from dalle2.tools import metrics
+from dalle2.tools.metrics import (
     compute_cmmd,
     compute_diversity,
     compute_fid_kid,
     compute_fixed_timesteps,
     compute_memorization,
-    compute_prior_scores,
     compute_r_precision,
-    compute_recall,
     draw_other_captions,
     load_inception,
     summarize_by_quartile,
 )
+from dalle2.validation import compute_prior_scores, compute_recall
 
 
 def draw_embeds(count, seed, shift=0.0, width=16):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dalle2.images import save_jpeg
-from dalle2.judge import Judge
 from dalle2.pipeline import Pipeline
 from dalle2.render import read_records, render_jobs
+from dalle2.tools.judge import Judge
 
 
 class FakePipeline:

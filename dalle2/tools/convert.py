@@ -1,4 +1,4 @@
-"""Weights to and from the stock classes of dalle2-pytorch: `python -m dalle2.convert`.
+"""Weights to and from the stock classes of dalle2-pytorch: `python -m dalle2.tools.convert`.
 
 An export of ours becomes the state dict of `DiffusionPrior` or `Decoder`, which those load with
 `strict=True`. Their state dicts, and files whose network lies under `net.` or `ema_model.net.` such

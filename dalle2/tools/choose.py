@@ -1,4 +1,4 @@
-"""Chooses the weights of a run by what they draw: `python -m dalle2.choose --run_dir FOLDER`.
+"""Chooses the weights of a run by what they draw: `python -m dalle2.tools.choose --run_dir FOLDER`.
 
 Candidates are averages of several lengths at several steps (dalle2.ema) and the run's exports. All
 draw for the same held-out photos from the same seeds: a prior embeddings for the first caption of
@@ -11,16 +11,7 @@ import json
 
 import torch
 
-from dalle2 import cli, metrics
-from dalle2.candidates import (
-    describe,
-    draw,
-    list_candidates,
-    load_true_and_conditions,
-    load_weights,
-    open_run,
-    write_chosen,
-)
+from dalle2 import cli
 from dalle2.clip import load_clip
 from dalle2.ema import MAX_SIGMA_REL
 from dalle2.errors import UserError, rename_argument
@@ -29,6 +20,16 @@ from dalle2.images import to_uint8
 from dalle2.pipeline import load_matching_clip
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
+from dalle2.tools import metrics
+from dalle2.tools.candidates import (
+    describe,
+    draw,
+    list_candidates,
+    load_true_and_conditions,
+    load_weights,
+    open_run,
+    write_chosen,
+)
 
 NUM_GROUPS, MIN_IMAGES = 20, 4  # groups of photos, left out in turn for the standard errors
 COLUMNS = "step", "sigma_rel", "score", "error", "gap", "gap_error", "mismatch"

@@ -1,4 +1,4 @@
-"""Numbers that say how good something is."""
+"""Numbers that say how good rendered pictures are."""
 
 import hashlib
 import random
@@ -10,26 +10,6 @@ from pathlib import Path
 import torch
 
 from dalle2.errors import UserError
-
-
-def compute_recall(queries, targets, ks):
-    """{"recall@k": share of queries (N, D) whose own target, the same row of `targets` (N, D), is
-    among the k nearest by dot product}; equal scores count against the query."""
-    scores = queries @ targets.T  # (N, N)
-    own = scores.diagonal()[:, None]
-    better = (scores >= own).sum(1) - 1  # others that score as high
-    return {f"recall@{k}": (better < k).float().mean().item() for k in ks}
-
-
-def compute_prior_scores(predicted, image_embed, text_embed):
-    """How good image embeddings (N, D) predicted from captions are: mean cosine to the true
-    image_embed (N, D), to the own and to another caption's text_embed (N, D), and the retrieval of
-    the true image. All of unit norm."""
-    cosine = {"val_cosine": image_embed, "caption_cosine": text_embed,
-              "other_caption_cosine": text_embed.roll(1, 0)}
-    scores = {name: (predicted * other).sum(-1).mean().item() for name, other in cosine.items()}
-    return scores | compute_recall(predicted, image_embed, (1, 5, 10))
-
 
 # ----------------------------------------------------------------------------------------------
 # rendered pictures against captions and photos, by CLIP embeddings of unit norm

@@ -1,4 +1,4 @@
-"""Scores a prior and a decoder over a COCO captions file: `python -m dalle2.evaluate`.
+"""Scores a prior and a decoder over a COCO captions file: `python -m dalle2.tools.evaluate`.
 
 Renders one picture a caption, 30,000 where the file has them, and compares the files (PNG: a JPEG
 would lose what the photos keep) with their captions and with the photos. Run again, it goes on
@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 
-from dalle2 import cli, metrics
+from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
-from dalle2.judge import Photos, embed_captions, embed_photos, embed_train, load_judge
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.plots import save_tradeoff
 from dalle2.render import compute_digest, list_coco_jobs, render_jobs
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
+from dalle2.tools import metrics
+from dalle2.tools.judge import Photos, embed_captions, embed_photos, embed_train, load_judge
 
 NUM_IMAGES, NUM_SWEEP_IMAGES, MIN_FID_IMAGES = 30_000, 200, 10_000
 NUM_DIVERSITY_CAPTIONS = 16

@@ -1,4 +1,4 @@
-"""Photos changed by one's own checkpoints: `python -m dalle2.explore COMMAND --photo FILE`.
+"""Photos changed by one's own checkpoints: `python -m dalle2.tools.explore COMMAND --photo FILE`.
 
 Section 3 of Ramesh et al. 2022 (arXiv 2204.06125). A photo is told by two things: its CLIP image
 embedding, and the noise x_T from which DDIM draws it again in the decoder's first stage. A command

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from dalle2 import metrics
 from dalle2.clip import FrozenClip, load_clip
 from dalle2.data import load_captions
 from dalle2.errors import UserError, rename_argument
 from dalle2.images import load_image
 from dalle2.prepare import prepare_store
+from dalle2.tools import metrics
 
 NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 99, 64
 

@@ -1,4 +1,4 @@
-"""A look at data, CLIP and machine before a long training: `python -m dalle2.doctor`, a minute.
+"""Checks data, CLIP and machine before a long training, in a minute.
 
 Takes the flags of the training scripts. Every line begins with ok, warning or error; a warning or
 error says what to do. Writes five random pairs to look at; prepares and trains nothing.
@@ -24,10 +24,10 @@ from dalle2.config import PRESETS
 from dalle2.data import load_captions
 from dalle2.errors import UserError
 from dalle2.images import STORE_IMAGE_SIZE, load_image
-from dalle2.metrics import compute_recall
 from dalle2.models import build_prior, build_unet
 from dalle2.optimizer import build_optimizers
 from dalle2.prepare import BYTES_A_PICTURE
+from dalle2.validation import compute_recall
 
 NUM_PICTURES, NUM_CAPTIONS, NUM_PAIRS = 64, 2000, 5
 SECONDS_A_NETWORK, REPEATS = 8.0, 3  # of timing
