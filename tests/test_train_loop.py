@@ -267,6 +267,7 @@ def test_lack_of_gpu_memory_names_the_flags_that_help(tmp_path):
         run_training(tmp_path, compute_loss=compute_loss)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # the child only saves
 def test_killed_a_hundred_times_while_saving_there_is_always_a_checkpoint(tmp_path, monkeypatch):
     """A forked process saves over and over onto a slow disk and is killed at a random moment."""
     def slow_save(state, path):
