@@ -29,7 +29,7 @@ from dalle2.rng import derive_seed
 
 STORE_IMAGE_SIZE = 256
 MAX_PIXELS = 100_000_000  # of a photo; a larger one is taken for a decompression bomb
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own, smaller limit, which warns
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def load_image(path, size=STORE_IMAGE_SIZE):
             else:
                 image = ImageOps.exif_transpose(image).convert("RGB")
                 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (RuntimeError, SyntaxError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     return resize_and_crop(pixels, size)
 
