@@ -54,6 +54,8 @@ def folder(clip_path, tmp_path_factory):
                 save_snapshot(run_dir, step, averages.collect(), header)
         (run_dir / "config.json").write_text(json.dumps(
             {**header, "embed_dim": D, "clip": clip}))
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"config": {"text_layers": 2}}')
     return tmp_path
 
 
@@ -131,20 +133,24 @@ def test_a_prior_is_chosen_by_cosine_and_written(choose, folder, store, monkeypa
             choose(folder, "--metric", "cmmd")
 
 
-def test_a_first_stage_is_chosen_by_cmmd(choose, folder, store, clip_path):
-    clip, (stages, _, _) = load_clip("", str(clip_path)), load_decoder(
-        folder / "decoder.safetensors")
-    true = clip.embed_image(torch.tensor(store.load_small_images(16)) / 255)
-    expected = {}
+def test_a_first_stage_is_chosen_by_cmmd_in_the_eyes_of_a_judge(choose, folder, store, clip_path,
+                                                                tmp_path):
+    stages, _, _ = load_decoder(folder / "decoder.safetensors")
+    drawn, true = {}, torch.tensor(store.load_small_images(16)) / 255
     for key, state in load_candidates(folder / "unet1", stages[1].state_dict()).items():
         stages[1].load_state_dict(state)
-        image = sampling.sample_images([stages[1]], UNETS[:1],
-                                       torch.tensor(store.image_embed).float(), SEEDS)
-        expected[key] = metrics.compute_cmmd(clip.embed_image(image), true)[0]
-    code, told, error = choose(folder / "unet1", "--last_steps", 1)
-    assert code == 0 and ", which conditions the decoder too" in told, error
-    assert read_scores(folder / "unet1") == {key: pytest.approx(value, rel=1e-3)
-                                             for key, value in expected.items() if key[0] != 2}
+        drawn[key] = sampling.sample_images([stages[1]], UNETS[:1],
+                                            torch.tensor(store.image_embed).float(), SEEDS)
+    other = write_clip(tmp_path / "other.safetensors", seed=1, noise=0.2)
+    for judge, flags, which in ((clip_path, [], ", which conditions the decoder too"),
+                                (other, ["--judge_clip_pretrained", other], " pictures, CLIP ")):
+        clip = load_clip("", str(judge))
+        expected = {key: metrics.compute_cmmd(clip.embed_image(image), clip.embed_image(true))[0]
+                    for key, image in drawn.items() if key[0] != 2}
+        code, told, error = choose(folder / "unet1", "--last_steps", 1, *flags)
+        assert code == 0 and which in told, error
+        assert read_scores(folder / "unet1") == {key: pytest.approx(value, rel=1e-3)
+                                                 for key, value in expected.items()}
 
 
 def test_a_later_stage_draws_from_true_small_pictures(choose, folder, store, monkeypatch):
@@ -198,6 +204,7 @@ def test_a_stage_is_written_beside_the_others(folder, tmp_path, capsys):
     ("", ["--judge_clip_pretrained", "x.pt"], "--judge_clip_pretrained: a prior"),
     ("unet1", ["--judge_clip_pretrained", "x.pt"], "--judge_clip_pretrained: no such file"),
     ("unet1", ["--judge_clip_model", "x"], "--judge_clip_pretrained: needed"),
+    ("clip", [], "--run_dir: .*neither a prior nor"),
     ("unet1/averages", [], "--run_dir: .*no config.json"),
     ("", ["--val_annot_path", "x"], "--val_annot_path: no such file")])
 def test_a_bad_flag_is_one_line(choose, folder, where, flags, told):
