@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, at_least(-math.inf))
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help names every flag)\n")
+        self.exit(2, f"error: {message.removeprefix('argument ')} (--help names every flag)\n")
 
 
 def at_least(least):

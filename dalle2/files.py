@@ -86,30 +86,22 @@ class GrowingFiles:
                 break
             self.notes.append(row["note"])
             ends, size = row["ends"], size + len(line)
-        self.files = {name: _open_at(folder / name, ends[name]) for name in names}
-        self.journal = _open_at(journal, size)
+        for name, end in {**ends, journal.name: size}.items():
+            with open(folder / name, "ab") as file:
+                file.truncate(end)
+        self.folder, self.ends, self.journal = folder, ends, journal
 
     def append(self, blocks, note):
         """blocks: {name: bytes} for every file; note: anything as JSON."""
         for name, block in blocks.items():
-            self.files[name].write(block)
-            _flush(self.files[name])
-        ends = {name: file.tell() for name, file in self.files.items()}
-        self.journal.write(json.dumps({"ends": ends, "note": note}).encode() + b"\n")
-        _flush(self.journal)
-
-    def close(self):
-        for file in (*self.files.values(), self.journal):
-            file.close()
+            self.ends[name] = _append(self.folder / name, block)
+        _append(self.journal, json.dumps({"ends": self.ends, "note": note}).encode() + b"\n")
 
 
-def _open_at(path, size):
-    file = open(path, "ab")
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-def _flush(file):
-    file.flush()
-    os.fsync(file.fileno())
+def _append(path, block):
+    """Writes `block` through to the disk. Returns the file's new size."""
+    with open(path, "ab") as file:
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()

@@ -3,7 +3,6 @@
 import io
 import re
 import unicodedata
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ STORE_IMAGE_SIZE = 256    # side of the pictures that are kept
 MAX_PIXELS = 100_000_000  # of a photo; a larger one is taken for a decompression bomb
 JPEG_QUALITY = 95
 MAX_NAME_BYTES = 120
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own, smaller limit, which warns
 
 # ----------------------------------------------------------------------------------------------
 # geometry
@@ -35,7 +34,7 @@ def load_image(path, size=STORE_IMAGE_SIZE):
             else:
                 image = ImageOps.exif_transpose(image).convert("RGB")
                 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (RuntimeError, SyntaxError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     return resize_and_crop(pixels, size)
 

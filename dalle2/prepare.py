@@ -95,7 +95,6 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
                 bar.update()
             files.append({name: b"".join(blocks)}, note)
             told += note
-    files.close()
     kept = [(record, word) for record, word in zip(records, told) if isinstance(word, int)]
     if not kept:
         raise UserError(f"none of {len(records)} pictures could be read, such as "
@@ -158,7 +157,6 @@ def prepare_embeddings(store, clip, folder, progress=True):
             files.append({"text_embed.npy": _to_bytes(text_embed),
                           "text_encodings.npy": _to_bytes(text_encodings)}, [0, len(text_embed)])
             bar.update(len(text_embed))
-    files.close()
 
 
 def _embed_captions(clip, text_tokens, lengths):

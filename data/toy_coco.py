@@ -17,6 +17,7 @@ import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,7 @@ def write_split(output_dir, split, num_images, seed, num_workers):
         return
     (Path(output_dir) / split).mkdir(parents=True, exist_ok=True)
     make = partial(draw_record, split=split, seed=seed, output_dir=output_dir)
-    with ProcessPoolExecutor(num_workers) as pool:
+    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:  # threads do not fork
         records = list(tqdm(pool.map(make, range(num_images), chunksize=32), desc=f"toy {split}",
                             total=num_images, unit=" pictures", disable=None))
     images, annotations = [], []

@@ -55,6 +55,8 @@ def folder(clip_path, tmp_path_factory):
                 save_snapshot(run_dir, step, averages.collect(), header)
         (run_dir / "config.json").write_text(json.dumps(
             {**header, "embed_dim": D, "clip": clip}))
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"config": {"text_layers": 2}}')
     return tmp_path
 
 
@@ -85,6 +87,11 @@ def read_scores(run_dir):
     return {(row["step"], row["sigma_rel"]): row["score"] for row in rows}
 
 
+def compare_halves(compute_distance, drawn, true):
+    """No picture is compared with its own photo."""
+    return (compute_distance(drawn[::2], true[1::2]) + compute_distance(drawn[1::2], true[::2])) / 2
+
+
 def list_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -106,11 +113,12 @@ def test_a_prior_is_chosen_by_cosine_and_written(choose, folder, store, monkeypa
     (step, sigma_rel), best = max(cosines.items(), key=lambda pair: pair[1].mean())
     assert f"\nbest: step {step}, sigma_rel {sigma_rel:g}; of 4 others " in told
     result = json.loads((folder / "choice.json").read_text())
-    for row in result["candidates"]:  # so few that each photo is left out on its own
+    for row in result["candidates"]:  # so few that each pair of photos is left out on its own
         cosine = cosines[row["step"], row["sigma_rel"]]
-        assert row["error"] == pytest.approx(cosine.std().item() / N ** 0.5, rel=1e-3)
-        assert row["gap"] == pytest.approx((best - cosine).mean().item(), abs=1e-5)
-        assert row["gap_error"] == pytest.approx((best - cosine).std().item() / N ** 0.5, rel=1e-2,
+        pairs, gaps = cosine.view(-1, 2).mean(1), (best - cosine).view(-1, 2).mean(1)
+        assert row["error"] == pytest.approx(pairs.std().item() / len(pairs) ** 0.5, rel=1e-3)
+        assert row["gap"] == pytest.approx(gaps.mean().item(), abs=1e-5)
+        assert row["gap_error"] == pytest.approx(gaps.std().item() / len(pairs) ** 0.5, rel=1e-2,
                                                  abs=1e-7)
     assert np.asarray(Image.open(folder / "choice.png").convert("L")).std() > 5
 
@@ -131,20 +139,25 @@ def test_a_prior_is_chosen_by_cosine_and_written(choose, folder, store, monkeypa
             choose(folder, "--metric", "cmmd")
 
 
-def test_a_first_stage_is_chosen_by_cmmd(choose, folder, store, clip_path):
-    clip, (stages, _, _) = load_clip("", str(clip_path)), load_decoder(
-        folder / "decoder.safetensors")
-    true = clip.embed_image(torch.tensor(store.load_small_images(16)) / 255)
-    expected = {}
+def test_a_first_stage_is_chosen_by_cmmd_in_the_eyes_of_a_judge(choose, folder, store, clip_path,
+                                                                tmp_path):
+    stages, _, _ = load_decoder(folder / "decoder.safetensors")
+    drawn, true = {}, torch.tensor(store.load_small_images(16)) / 255
     for key, state in load_candidates(folder / "unet1", stages[1].state_dict()).items():
         stages[1].load_state_dict(state)
-        image = sampling.sample_images([stages[1]], UNETS[:1],
-                                       torch.tensor(store.image_embed).float(), SEEDS)
-        expected[key] = metrics.compute_cmmd(clip.embed_image(image), true)[0]
-    code, told, error = choose(folder / "unet1", "--last_steps", 1)
-    assert code == 0 and ", which conditions the decoder too" in told, error
-    assert read_scores(folder / "unet1") == {key: pytest.approx(value, rel=1e-3)
-                                             for key, value in expected.items() if key[0] != 2}
+        drawn[key] = sampling.sample_images([stages[1]], UNETS[:1],
+                                            torch.tensor(store.image_embed).float(), SEEDS)
+    other = write_clip(tmp_path / "other.safetensors", seed=1, noise=0.2)
+    for judge, flags, which in ((clip_path, [], ", which conditions the decoder too"),
+                                (other, ["--judge_clip_pretrained", other], " pictures, CLIP ")):
+        clip = load_clip("", str(judge))
+        expected = {key: compare_halves(lambda a, b: metrics.compute_cmmd(a, b)[0],
+                                        clip.embed_image(image), clip.embed_image(true))
+                    for key, image in drawn.items() if key[0] != 2}
+        code, told, error = choose(folder / "unet1", "--last_steps", 1, *flags)
+        assert code == 0 and which in told, error
+        assert read_scores(folder / "unet1") == {key: pytest.approx(value, rel=1e-3)
+                                                 for key, value in expected.items()}
 
 
 def test_a_later_stage_draws_from_true_small_pictures(choose, folder, store, monkeypatch):
@@ -166,7 +179,7 @@ def test_a_later_stage_draws_from_true_small_pictures(choose, folder, store, mon
                     SEEDS, shape, "cpu", "lowres", 2)),
                 sampling.draw_part(SEEDS, shape, "cpu", "unet", 2), levels)
         image = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
-        expected[key] = poly_mmd(true, extract(image)).item()
+        expected[key] = compare_halves(lambda a, b: poly_mmd(b, a).item(), extract(image), true)
     code, told, error = choose(folder / "unet2", "--metric", "kid", "--steps", 4)
     assert code == 0 and "kid of 8 pictures, Inception-v3" in told, error
     assert read_scores(folder / "unet2") == {key: pytest.approx(value, rel=0.05)
@@ -194,10 +207,11 @@ def test_a_stage_is_written_beside_the_others(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("where, flags, told", [
     ("", ["--sigma_rel", 0.5], "--sigma_rel: 0.5"), ("", ["--steps", 3], "--steps: .*step 3"),
-    ("", ["--num_images", 2], "--num_images: 2"), ("", ["--metric", "kid"], "--metric: a prior"),
+    ("", ["--num_images", 7], "--num_images: 7"), ("", ["--metric", "kid"], "--metric: a prior"),
     ("", ["--judge_clip_pretrained", "x.pt"], "--judge_clip_pretrained: a prior"),
     ("unet1", ["--judge_clip_pretrained", "x.pt"], "--judge_clip_pretrained: no such file"),
     ("unet1", ["--judge_clip_model", "x"], "--judge_clip_pretrained: needed"),
+    ("clip", [], "--run_dir: .*neither a prior nor"),
     ("unet1/averages", [], "--run_dir: .*no config.json"),
     ("", ["--val_annot_path", "x"], "--val_annot_path: no such file")])
 def test_a_bad_flag_is_one_line(choose, folder, where, flags, told):

@@ -116,7 +116,7 @@ def test_no_flag_takes_a_number_that_is_none(run_script, monkeypatch, capsys, sc
             with pytest.raises(SystemExit, match="2"):
                 parser.parse_args([f"{flag}={value}"])
             err = capsys.readouterr().err
-            assert err.startswith(f"error: argument {flag}: ") and err.count("\n") == 1, err
+            assert err.startswith(f"error: {flag}: ") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("script, flags, told", [

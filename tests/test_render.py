@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dalle2.errors import UserError
 from dalle2.images import save_jpeg
 from dalle2.pipeline import Pipeline
 from dalle2.render import read_records, render_jobs
@@ -15,8 +16,9 @@ from dalle2.tools.judge import Judge
 class FakePipeline:
     """Draws a grey picture from each seed; remembers the batches."""
 
-    def __init__(self, fails_after=None, memory=None):
+    def __init__(self, fails_after=None, memory=None, bad_seed=None):
         self.batches, self.fails_after, self.memory = [], fails_after, memory
+        self.tried, self.bad_seed = [], bad_seed
         self.clip = SimpleNamespace(device=torch.device("cpu"))
         self.precision, self.use_precision = "no", nullcontext
 
@@ -30,12 +32,15 @@ class FakePipeline:
         return torch.zeros(len(seeds), 4)
 
     def sample_images(self, image_embed, seeds):
+        self.tried.append(len(seeds))
         if self.memory and len(seeds) > self.memory:
             raise torch.cuda.OutOfMemoryError
         if len(self.batches) == self.fails_after:
             raise InterruptedError
         self.batches.append(list(seeds))
-        return torch.tensor(seeds)[:, None, None, None].expand(-1, 3, 8, 8) / 10
+        images = torch.tensor(seeds)[:, None, None, None].repeat(1, 3, 8, 8) / 10
+        images[[seed == self.bad_seed for seed in seeds], 0, 3, 3] = torch.nan
+        return images
 
 
 JOBS = [{"caption": f"caption {n // 2}", "image_id": n, "photo": None, "seed": n}
@@ -64,9 +69,10 @@ def test_other_settings_and_lost_pictures_are_rendered_again(tmp_path):
     (tmp_path / "caption 1.jpg").unlink()
     render_jobs(again, JOBS, tmp_path, {"cond_scale": 2}, batch_size=4)
     assert again.batches == [[2]]
-    other = FakePipeline()
-    render_jobs(other, JOBS, tmp_path, {"cond_scale": 3}, batch_size=4)
-    assert len(sum(other.batches, [])) == 7
+    for scale in (3, 2):  # the second time the files are there, with the pictures of 3
+        other = FakePipeline()
+        render_jobs(other, JOBS, tmp_path, {"cond_scale": scale}, batch_size=4)
+        assert len(sum(other.batches, [])) == 7
 
 
 def test_a_line_that_was_cut_off_is_rendered_again(tmp_path):
@@ -76,12 +82,38 @@ def test_a_line_that_was_cut_off_is_rendered_again(tmp_path):
     assert list(read_records(tmp_path, "d")) == [("a.jpg", "a", 1)]
 
 
-def test_a_batch_too_large_for_the_memory_is_halved(tmp_path):
+def test_a_batch_too_large_for_the_memory_is_halved_and_not_tried_again(tmp_path):
     pipeline = FakePipeline(memory=2)
     entries = render_jobs(pipeline, JOBS, tmp_path, {}, batch_size=7)
-    assert pipeline.batches == [[0], [1, 2], [3, 4], [5, 6]] and len(entries) == 7
+    assert pipeline.batches == [[0, 1], [2, 3], [4, 5], [6]] and len(entries) == 7
+    assert pipeline.tried == [7, 4, 2, 2, 2, 1]
     with pytest.raises(torch.cuda.OutOfMemoryError):
         render_jobs(FakePipeline(memory=0.5), JOBS, tmp_path / "b", {})
+
+
+@pytest.mark.parametrize("precision, told", [
+    ("fp16", "--mixed_precision: the decoder's output for 'caption 1', seed 3, is not finite"),
+    ("no", "--decoder_ckpt: .* the file is damaged")])
+def test_a_picture_that_is_not_finite_is_refused_and_not_saved(tmp_path, precision, told):
+    pipeline = FakePipeline(bad_seed=3)
+    pipeline.precision = precision
+    with pytest.raises(UserError, match=told):
+        render_jobs(pipeline, JOBS, tmp_path, {}, batch_size=2)
+    assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["caption 0 (2).jpg",
+                                                                    "caption 0.jpg"]
+
+
+def test_a_late_process_renders_what_the_first_left_to_it(tmp_path, monkeypatch):
+    """By then the folder holds other pictures than those that the first process saw."""
+    first = render_jobs(FakePipeline(), JOBS, tmp_path, {})
+    state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, print=print)
+    monkeypatch.setattr("dalle2.render.PartialState", lambda **_: state)
+    monkeypatch.setattr("dalle2.render.broadcast_object_list", lambda objects: [{}])
+    monkeypatch.setattr("dalle2.render.gather_object",
+                        lambda own: own if own == [None] else [*first[::2], *own])
+    late = FakePipeline()
+    assert render_jobs(late, JOBS, tmp_path, {}, batch_size=2) == first
+    assert late.batches == [[1, 3], [5]]
 
 
 def test_pictures_are_drawn_and_judged_in_the_precision_asked_for(tmp_path):

@@ -384,6 +384,7 @@ def test_lack_of_memory_for_a_single_row_is_said_in_one_line(tmp_path, can_split
                      loss=lambda module, batch, random: module(batch["x"]).mean())
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # the child only saves
 def test_killed_a_hundred_times_while_saving_there_is_always_a_checkpoint(tmp_path, monkeypatch):
     """A forked process saves over and over onto a slow disk and is killed at a random moment."""
     def slow_save(state, path):

@@ -8,6 +8,7 @@ Run again, it goes on with the scores that `choice.json` holds.
 
 import hashlib
 import json
+from functools import partial
 
 import torch
 
@@ -31,8 +32,9 @@ from dalle2.tools.candidates import (
     write_chosen,
 )
 
-NUM_GROUPS, MIN_IMAGES = 20, 4  # groups of photos, left out in turn for the standard errors
-COLUMNS = "step", "sigma_rel", "score", "error", "gap", "gap_error", "mismatch"
+NUM_GROUPS, MIN_IMAGES = 20, 8  # groups of photos, left out in turn for the standard errors
+COLUMNS = {"step": "{}", "sigma_rel": "{:g}", "score": "{:.5g}", "error": "{:.2g}",
+           "gap": "{:.2g}", "gap_error": "{:.2g}", "mismatch": "{:.3f}"}
 
 
 def parse_args():
@@ -152,6 +154,14 @@ def call_in_batches(function, batch_size, *tensors):
                       for parts in zip(*(tensor.split(batch_size) for tensor in tensors))])
 
 
+def compare_apart(compute_distance, drawn, true):
+    """Distance of what was drawn to the photos, mean of two halves' drawings to the other half's
+    photos: next to its own photo a drawing would look better than it is."""
+    end = len(true) // 2 * 2
+    return (compute_distance(drawn[0:end:2], true[1:end:2])
+            + compute_distance(drawn[1:end:2], true[0:end:2])) / 2
+
+
 def compute_kid(drawn, true):
     """KID of all pictures at once, not of draws (Binkowski et al. 2018, arXiv 1801.01401)."""
     from torchmetrics.image.kid import poly_mmd
@@ -160,7 +170,8 @@ def compute_kid(drawn, true):
 
 METRICS = {  # of features drawn (N, F) and true (N, F), in the same order
     "cosine": lambda drawn, true: (drawn * true).sum(-1).mean().item(),
-    "cmmd": lambda drawn, true: metrics.compute_cmmd(drawn, true)[0], "kid": compute_kid}
+    "cmmd": partial(compare_apart, lambda drawn, true: metrics.compute_cmmd(drawn, true)[0]),
+    "kid": partial(compare_apart, compute_kid)}
 
 
 def make_key(settings, candidate):
@@ -172,7 +183,7 @@ def make_key(settings, candidate):
 
 def compute_scores(metric, drawn, true):
     """[score, and the scores without each of NUM_GROUPS groups of photos]."""
-    group = torch.arange(len(true)) % NUM_GROUPS
+    group = torch.arange(len(true)) // 2 % NUM_GROUPS  # pairs, so that halves stay halves
     return [METRICS[metric](drawn[kept], true[kept])
             for kept in (group >= 0, *(group != number for number in group.unique()))]
 
@@ -186,13 +197,14 @@ def compute_error(left_out):
 def rank(candidates, known, metric):
     """The best one. Gives all "score" and "error", and how far they lie behind: "gap", 0 or more,
     and "gap_error", smaller than the scores' own, as all draw for the same photos and seeds."""
-    sign = -1 if metric == "cosine" else 1
-    best = min(candidates, key=lambda candidate: sign * known[candidate["key"]][0])
-    for candidate in candidates:
-        score, *left_out = known[candidate["key"]]
-        gap, *gaps = [sign * (a - b) for a, b in zip(known[candidate["key"]], known[best["key"]])]
-        candidate |= {"score": score, "error": compute_error(left_out), "gap": gap,
-                      "gap_error": compute_error(gaps)}
+    is_higher_better = metric == "cosine"
+    best = (max if is_higher_better else min)(candidates, key=lambda row: known[row["key"]][0])
+    for row in candidates:
+        score, *left_out = known[row["key"]]
+        gap, *gaps = [b - a if is_higher_better else a - b
+                      for a, b in zip(known[row["key"]], known[best["key"]])]
+        row |= {"score": score, "error": compute_error(left_out), "gap": gap,
+                "gap_error": compute_error(gaps)}
     return best
 
 
@@ -206,7 +218,7 @@ def report(run, candidates, best, settings, known):
     print(f"\n{metric} of {settings['pictures']} pictures, {settings['features']}\n\n"
           f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for row in candidates:
-        cells = ("–" if row[name] is None else f"{row[name]:.5g}" for name in COLUMNS)
+        cells = ("–" if row[name] is None else COLUMNS[name].format(row[name]) for name in COLUMNS)
         print(f"| {' | '.join((row['export'] or '', *cells))} |")
     close = [describe(row) for row in candidates
              if row is not best and row["gap"] <= row["gap_error"]]
