@@ -58,6 +58,14 @@ def broadcast_state(state, accelerator):
     return recursively_apply(fetch, described)
 
 
+def holds_anywhere(condition, accelerator):
+    """Whether `condition` holds in any process, the same answer in all."""
+    if accelerator.num_processes == 1:
+        return condition
+    count = accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum")
+    return bool(count)
+
+
 def scatter_like(tensor, like):
     """`tensor`, whole and the same in all processes, shared out as `like` is, if `like` is."""
     if not isinstance(like, DTensor):

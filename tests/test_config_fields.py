@@ -80,7 +80,7 @@ def test_training(field, tmp_path, seen):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         exported, raw, metrics = run_training(
             folder, config, validate=validate, num_val=1, at_step=events.append,
-            sample=lambda module: events.append("sample"))
+            can_sample=True, sample=lambda module: events.append("sample"))
         return {"exported": exported, "raw": raw, "events": events,
                 "snapshots": len(list((folder / "averages").glob("*"))),
                 "lr": [m["lr"] for m in metrics]}

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
     {"errors", "rng", "images", "diffusion", "fast_modules", "sharding", "validation"},
     {"config", "files", "logger", "optimizer"}, {"checkpoint", "plots", "gallery", "data"},
-    {"ema", "clip", "models", "sampling", "prepare"}, {"train_loop", "pipeline"},
-    {"tasks", "render", "cli"})
+    {"ema", "clip", "models", "sampling", "prepare"}, {"run_folder", "train_state", "pipeline"},
+    {"train_loop", "tasks", "render", "cli"})
 ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "data", "dalle2_pytorch": "fast_modules",
                 "gradio": "app"}
 
