@@ -1,4 +1,4 @@
-"""Networks whose weights, average, gradients and optimizer state are shared out among the processes
+"""Networks whose weights, average, gradients and optimizer state are sharded among the processes
 (`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike; and what processes tell each other.
 
 What is saved is gathered first, so that checkpoints and exports are those of any other run and a
@@ -19,23 +19,23 @@ TAKE_OWN = {"src_data_rank": None} if "src_data_rank" in inspect.signature(
 
 
 def shard(module, blocks, device):
-    """Shares the parameters of `module` on `device` out among all processes, in place. `blocks`,
+    """Shards the parameters of `module` on `device` among all processes, in place. `blocks`,
     parts of it that are called as a whole, are gathered when they are computed, the rest when the
     module is."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*blocks, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    if hasattr(module, "read_text"):  # the prior's other way in
+    if hasattr(module, "read_text"):  # the prior's other entry
         register_fsdp_forward_method(module, "read_text")
 
 
 def gather(tensor):
-    """The whole of a tensor that may be shared out; then every process has to call this."""
+    """The whole tensor of one that may be sharded; if it is, every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(state, keep=True):
-    """`state`, nested dicts and lists, with what is shared out gathered on the CPU, one tensor at a
+    """`state`, nested dicts and lists, with sharded tensors gathered on the CPU, one tensor at a
     time; a process that does not `keep` it has None in their place."""
     def collect(tensor):
         whole = gather(tensor)
@@ -73,7 +73,7 @@ def holds_anywhere(condition, accelerator):
 
 
 def scatter_like(tensor, like):
-    """`tensor`, whole and the same in all processes, shared out as `like` is, if `like` is."""
+    """`tensor`, whole and the same in all processes, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, **TAKE_OWN)
