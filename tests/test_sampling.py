@@ -1,9 +1,11 @@
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import change_unets, check_refused, write_checkpoints
 
 from dalle2.config import PRESETS
 from dalle2.diffusion import Diffusion
@@ -252,3 +254,24 @@ def test_a_picture_depends_on_its_seed_alone_and_the_upsampler_is_not_guided():
 def test_noise_comes_from_the_seed_of_its_row():
     noise = draw_noise([3, 4], (5,))
     assert torch.equal(noise[1], draw_noise([4], (5,))[0]) and not torch.equal(*noise)
+
+
+def test_candidates_and_conditioning_noise_have_flags_and_are_recorded(clip_path, run_script,
+                                                                       tmp_path):
+    flags = write_checkpoints(tmp_path, clip_path, noise=0.1, unets=change_unets(
+        *({"dim": 8, "dim_mults": (1, 1), "image_size": size} for size in (16, 32))))
+    pictures = []
+    for given, recorded in (((), (2, [50])), (("--lowres_noise_level", 300), (2, [300])),
+                            (("--num_candidates", 9), (9, [50]))):
+        out = tmp_path / str(recorded)
+        code, _, error = run_script("test_dalle2.py", *flags, "--prompt", "a red box",
+                                    "--sample_timesteps", 2, "--output_dir", out, *given)
+        assert code == 0, error
+        settings = json.loads((out / "manifest.json").read_text())["settings"]
+        assert (settings["num_candidates"], settings["lowres_noise_level"]) == recorded
+        pictures.append((out / "a red box.jpg").read_bytes())
+    assert len(set(pictures)) == 3
+    for flag, value in (("--lowres_noise_level", 301), ("--lowres_noise_level", -1),
+                        ("--num_candidates", 0)):
+        check_refused(run_script("test_dalle2.py", *flags, "--prompt", "a red box", flag, value),
+                      f"{flag}: {value} ")
