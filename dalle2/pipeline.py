@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from dalle2.clip import FrozenClip, load_clip
-from dalle2.config import PriorConfig
 from dalle2.errors import UserError, rename_argument
+from dalle2.files import compute_digest
 from dalle2.models import load_decoder, load_prior
 from dalle2.rowwise import in_groups
-from dalle2.sampling import (
-    GROUP,
-    SampleOptions,
-    Stage,
-    build_stages,
-    sample_image_embed,
-    sample_images,
-)
+from dalle2.sampling import Prior, SampleOptions, Stage, build_stages, sample_images
 
 
 def add_checkpoint_flags(parser):
@@ -55,10 +48,10 @@ class Pipeline:
     clip: FrozenClip
     embed_text: Callable    # text_tokens (B, L) -> text_embed (B, D), text_encodings (B, L, D)
     embed_images: Callable  # (B, 3, H, W), float in [0, 1] or uint8 -> image_embed (B, D)
-    sample_prior: Callable  # text_embed, text_encodings, seeds, SampleOptions -> image_embed (B, D)
-    prior_config: PriorConfig
+    prior: Prior
     stages: list[Stage]     # of the decoder, first stage first
     header: dict            # of the prior's export
+    files: dict             # {"prior": path, "decoder": path}
     precision: str = "no"   # or "bf16", "fp16": what use_precision stands for
 
     @contextlib.contextmanager
@@ -83,8 +76,8 @@ class Pipeline:
         """The Sample of B captions, one int of `seeds` each. options: of `resolve_options`;
         images (B, 3, H, W): pictures whose embeddings are drawn from in place of the prior's."""
         text_embed, text_encodings = self.embed_captions(captions)
-        image_embed = self.sample_prior(text_embed, text_encodings, seeds, options=options[0]) \
-            if images is None else self.embed_images(images)
+        image_embed = self.embed_images(images) if images is not None else \
+            self.prior.sample(text_embed, text_encodings, seeds, options[0])
         image = sample_images(self.stages, image_embed, seeds, options[1:])
         return Sample(image, image_embed, text_embed)
 
@@ -96,7 +89,7 @@ class Pipeline:
         stage's; options: SampleOptions' further fields. Raises UserError on another count of
         sample_timesteps, or on more steps or noise than were trained with.
         """
-        configs = [self.prior_config, *(stage.config for stage in self.stages)]
+        configs = [self.prior.config, *(stage.config for stage in self.stages)]
         steps = list(sample_timesteps or [None])
         steps = steps * len(configs) if len(steps) == 1 else steps
         if len(steps) != len(configs):
@@ -113,6 +106,21 @@ class Pipeline:
                 check_most(own.lowres_noise_level, config.lowres_noise_max_level,
                            "lowres_noise_level")
         return filled
+
+    @cached_property
+    def digests(self):
+        return {f"{name}_sha256": compute_digest(path) for name, path in self.files.items()}
+
+    def describe_settings(self, options):
+        """What a picture depends on besides its caption and seed, as JSON: the checkpoints, their
+        CLIP, the precision, and options of `resolve_options`."""
+        prior, first, *later = options
+        return {"cond_scale": first.cond_scale, "prior_cond_scale": prior.cond_scale,
+                "sample_timesteps": [own.sample_timesteps for own in options],
+                "sampler": first.sampler, "num_candidates": prior.num_candidates,
+                "lowres_noise_level": [own.lowres_noise_level for own in later],
+                "thresholding": first.thresholding, **self.digests, "clip": self.header["clip"],
+                "mixed_precision": self.precision}
 
 
 def check_most(number, most, name):
@@ -143,9 +151,9 @@ def load_pipeline(args, device, precision="no"):
             network.compile()
     return Pipeline(
         clip, in_groups(partial(embed_text, clip, prior_config.max_text_len), 1),
-        in_groups(clip.embed_image, 1),
-        in_groups(partial(sample_image_embed, prior, prior_config), GROUP), prior_config,
-        build_stages(networks[1:], [unet_configs[n] for n in numbers]), header, precision)
+        in_groups(clip.embed_image, 1), Prior(networks[0], prior_config),
+        build_stages(networks[1:], [unet_configs[n] for n in numbers]), header,
+        {"prior": args.prior_ckpt, "decoder": args.decoder_ckpt}, precision)
 
 
 def load_matching_clip(args, recorded, decoder_recorded, device):

@@ -15,13 +15,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from dalle2.cli import at_least
+from dalle2.cli import add_precision_flag, at_least
 from dalle2.data import load_captions
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
+from dalle2.sampling import SAMPLER, SAMPLERS, THRESHOLDS
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Job:
 
 
 # ----------------------------------------------------------------------------------------------
-# what to render
+# what to render, and how
 
 
 def add_caption_flags(parser):
-    """The flags that `list_captions` reads."""
+    """The flags that `list_captions` and `list_jobs` read."""
     group = parser.add_argument_group("what to render")
     group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered")
     group.add_argument("--test_img_path", help="its pictures, for the gallery; needed by "
@@ -55,9 +56,41 @@ def add_caption_flags(parser):
     group.add_argument("--prompt_file", help="text file, a prompt a line")
     group.add_argument("--num_images", type=at_least(1), default=50,
                        help="render the first so many captions of the COCO file, one a picture")
+    group.add_argument("--samples_per_prompt", type=at_least(1), default=1)
+    group.add_argument("--rerank", action="store_true",
+                       help="keep the one of --samples_per_prompt with the best CLIP score")
     group.add_argument("--init_from_true_embedding", action="store_true",
                        help="feed the decoder the true photo's embedding, to see it without prior")
-    return group
+
+
+def add_sample_flags(parser):
+    """The flags that `read_options` reads, and more of how pictures are rendered."""
+    group = parser.add_argument_group("how (None: what the checkpoints' configs say)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--cond_scale", type=at_least(0.0),
+                       help="guidance of the decoder, 1 is none")
+    group.add_argument("--prior_cond_scale", type=at_least(0.0),
+                       help="guidance of the prior, 1 is none")
+    group.add_argument("--sample_timesteps", type=at_least(1), nargs="+",
+                       help="sampling steps: one number, or the prior's and each stage's")
+    group.add_argument("--num_candidates", type=at_least(1), help="image embeddings that the "
+                       "prior samples a caption, of which the nearest to it is kept")
+    group.add_argument("--lowres_noise_level", type=at_least(0), help="noise on the picture that "
+                       "an upsampler enlarges, of 1000: the more, the more it invents")
+    group.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
+    add_precision_flag(group)
+    group.add_argument("--thresholding", choices=THRESHOLDS, default="static",
+                       help="of the decoder's estimates: clamped, or scaled a picture (Saharia "
+                       "2022)")
+    group.add_argument("--batch_size", type=at_least(1),
+                       help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
+
+
+def read_options(args, pipeline):
+    """[SampleOptions of the prior, and of each stage], filled, as the flags say."""
+    names = ("cond_scale", "prior_cond_scale", "sample_timesteps", "num_candidates",
+             "lowres_noise_level", "sampler", "thresholding")
+    return pipeline.resolve_options(**{name: getattr(args, name) for name in names})
 
 
 def list_captions(args):
@@ -80,7 +113,7 @@ def list_captions(args):
 
 
 def list_prompts(prompt, prompt_file):
-    """The strings of --prompt, a list or None, and the lines of --prompt_file that are not empty."""
+    """The strings of --prompt, a list or None, and the non-empty lines of --prompt_file."""
     prompts, lines = prompt or [], []
     if prompt_file:
         if not os.path.isfile(prompt_file):
@@ -112,19 +145,6 @@ def list_jobs(captions, seed, samples_per_prompt=1):
 
 # ----------------------------------------------------------------------------------------------
 # rendering
-
-
-def describe_settings(args, pipeline, options):
-    """What pictures depend on besides captions and seeds, as JSON: digests of the checkpoints that
-    the flags name, their CLIP, and the SampleOptions of the prior and of each stage."""
-    prior, first, *_ = options
-    return {"cond_scale": first.cond_scale, "prior_cond_scale": prior.cond_scale,
-            "sample_timesteps": [own.sample_timesteps for own in options],
-            "sampler": first.sampler, "num_candidates": prior.num_candidates,
-            "lowres_noise_level": [own.lowres_noise_level for own in options[2:]],
-            "thresholding": first.thresholding, "prior_ckpt": compute_digest(args.prior_ckpt),
-            "decoder_ckpt": compute_digest(args.decoder_ckpt), "clip": pipeline.header["clip"],
-            "mixed_precision": pipeline.precision}
 
 
 def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=None,
@@ -239,15 +259,6 @@ def read_records(output_dir, digest):
 
 def get_key(entry):
     return entry["file"], entry["caption"], entry["seed"]
-
-
-def compute_digest(path):
-    """First 16 hexadecimal digits of the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dalle2.config import UnetConfig
+from dalle2.config import PriorConfig, UnetConfig
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.images import resize
 from dalle2.rng import derive_seed, draw_noise
@@ -233,6 +233,19 @@ def sample_image_embed(prior, config, text_embed, text_encodings, seeds, options
     embed = F.normalize(embed, dim=-1).unflatten(0, (-1, count))  # (B, count, D)
     nearest = (embed * text_embed[:, None]).sum(-1).argmax(-1)    # (B,)
     return embed[torch.arange(len(embed), device=embed.device), nearest]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The prior's network, and what it was trained with."""
+
+    network: Callable
+    config: PriorConfig
+
+    def sample(self, text_embed, text_encodings, seeds, options=SampleOptions()):
+        """`sample_image_embed`; on a CPU a row depends on its own text and seed to the last bit."""
+        sample = partial(sample_image_embed, self.network, self.config)
+        return in_groups(sample, GROUP)(text_embed, text_encodings, seeds, options=options)
 
 
 @dataclass(frozen=True)
