@@ -145,7 +145,7 @@ def test_a_first_stage_is_chosen_by_cmmd_in_the_eyes_of_a_judge(choose, folder, 
     drawn, true = {}, torch.tensor(store.load_small_images(16)) / 255
     for key, state in load_candidates(folder / "unet1", stages[1].state_dict()).items():
         stages[1].load_state_dict(state)
-        drawn[key] = sampling.sample_images([stages[1]], UNETS[:1],
+        drawn[key] = sampling.sample_images(sampling.build_stages([stages[1]], UNETS[:1]),
                                             torch.tensor(store.image_embed).float(), SEEDS)
     other = write_clip(tmp_path / "other.safetensors", seed=1, noise=0.2)
     for judge, flags, which in ((clip_path, [], ", which conditions the decoder too"),
@@ -175,8 +175,9 @@ def test_a_later_stage_draws_from_true_small_pictures(choose, folder, store, mon
         stages[2].load_state_dict(state)
         with torch.no_grad():
             image = sampling.SAMPLERS[sampling.SAMPLER](
-                sampling.build_upsampler(stages[2], config, lowres, sampling.draw_part(
-                    SEEDS, shape, "cpu", "lowres", 2)),
+                sampling.build_denoiser(stages[2], config, sampling.condition_upsampler(
+                    lowres, config.image_size, config.lowres_noise_level,
+                    sampling.draw_part(SEEDS, shape, "cpu", "lowres", 2))),
                 sampling.draw_part(SEEDS, shape, "cpu", "unet", 2), levels)
         image = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
         expected[key] = compare_halves(lambda a, b: poly_mmd(b, a).item(), extract(image), true)

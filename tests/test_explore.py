@@ -13,7 +13,7 @@ from PIL import Image
 from dalle2.config import UnetConfig
 from dalle2.diffusion import Diffusion
 from dalle2.pipeline import Pipeline, load_pipeline
-from dalle2.sampling import compute_levels, invert_ddim, sample_ddim
+from dalle2.sampling import build_stages, compute_levels, invert_ddim, sample_ddim
 from dalle2.tools import explore
 
 PHOTO, OTHER = "val/000000.jpg", "val/000003.jpg"
@@ -121,7 +121,7 @@ def build_gaussian_pipeline(error=0.0):
         snr = float(np.exp(2 * np.interp(t[0], np.arange(1000), diffusion.half_log_snr)))
         alpha, sigma = (snr / (1 + snr)) ** 0.5, (1 / (1 + snr)) ** 0.5
         return denoise_gaussian(x_t, alpha, sigma, mean) + wrong
-    return Pipeline(None, None, None, [unet], [config], {})
+    return Pipeline(None, None, None, None, build_stages([unet], [config]), {}, {})
 
 
 def build_photo():
@@ -146,9 +146,9 @@ def test_the_inversion_begins_where_the_network_can_tell_noise_from_its_own_erro
     pipeline, embed = build_gaussian_pipeline(error=0.1), torch.ones(1, 4) / 2
     photo = build_photo()
     args = make_args(cond_scale=1.0)
-    config = pipeline.unet_configs[0]
+    stage, config = pipeline.stages[0], pipeline.stages[0].config
     levels = compute_levels(Diffusion(config.timesteps, config.beta_schedule), 50)
-    denoise = explore.build_denoiser(pipeline.unets[0], config, embed, 1.0)
+    denoise = explore.build_first_denoiser(stage, embed, args)
     x_start = photo / 127.5 - 1
     x_t, kept = explore.find_start(denoise, x_start, torch.randn(1, 3, 64, 64), levels)
     assert 0.1 / explore.MAX_ERROR < kept[-2].sigma < 0.15
@@ -173,7 +173,7 @@ def test_a_reconstruction_keeps_its_noise(pipeline, photos):
 def test_variations_stray_in_the_first_stage_by_eta_and_seed(pipeline, photos, monkeypatch):
     x_t = explore.invert(pipeline, photos[:1], pipeline.embed_images(photos[:1]), make_args())
     monkeypatch.setattr(explore, "invert", lambda *_: x_t)
-    first = replace(pipeline, unets=pipeline.unets[:1], unet_configs=pipeline.unet_configs[:1])
+    first = replace(pipeline, stages=pipeline.stages[:1])
 
     def vary(**options):
         return explore.variations(first, photos[:1], make_args(**options))[1:]

@@ -12,13 +12,17 @@ from dalle2.diffusion import Diffusion
 from dalle2.fast_modules import Prefix
 from dalle2.models import build_unet
 from dalle2.rng import draw_noise
+from dalle2.rowwise import in_groups
 from dalle2.sampling import (
     SAMPLER,
     SAMPLERS,
     Level,
+    SampleOptions,
+    build_stages,
     compute_levels,
     guide,
     invert_ddim,
+    repeat_guided,
     sample_image_embed,
     sample_images,
     threshold,
@@ -164,15 +168,11 @@ def test_ddim_is_the_reference_formula():
 
 
 def test_guidance_extrapolates_in_one_call_and_costs_nothing_at_one():
-    calls = []
-
-    def predict(x_t, t, drop):
-        calls.append(drop.tolist())
-        return x_t + 1 - drop[:, None]
     x, t = torch.zeros(2, 3), torch.tensor([5, 5])
-    assert (guide(predict, 3.0)(x, t) == 3).all()
-    assert (guide(predict, 1.0)(x, t) == 1).all()
-    assert calls == [[0, 0, 1, 1], [0, 0]]
+    for scale, wanted, drops in ((3.0, 3, [0, 0, 1, 1]), (1.0, 1, [0, 0])):
+        drop, rows, times = repeat_guided(scale, x, t)
+        assert drop.tolist() == drops and times.tolist() == [5] * len(drops)
+        assert (guide(rows + 1 - drop[:, None], scale) == wanted).all()
 
 
 def test_guidance_of_the_prior_keeps_the_noised_embedding():
@@ -189,7 +189,7 @@ def test_guidance_of_the_prior_keeps_the_noised_embedding():
             return x_t
     config = PRESETS["toy"].prior
     embed = sample_image_embed(Prior(), config, torch.randn(2, 8), torch.randn(2, 5, 8), [1, 2],
-                               cond_scale=2.0, sample_timesteps=3)
+                               SampleOptions(cond_scale=2.0, sample_timesteps=3))
     assert len(seen) == 3
     for x_t in seen:  # two captions with two candidates each, and once more without text
         assert torch.equal(x_t[:4], x_t[4:]) and x_t.abs().sum() > 0
@@ -207,7 +207,7 @@ def test_the_candidate_nearest_to_the_text_is_kept_and_depends_on_its_seed_alone
 
     def sample(rows, **options):
         return sample_image_embed(Prior(), PRESETS["toy"].prior, *(part[rows] for part in text),
-                                  [1, 2, 3][rows], sample_timesteps=2, **options)
+                                  [1, 2, 3][rows], SampleOptions(sample_timesteps=2, **options))
     every = slice(None)
     cosine = {count: (sample(every, num_candidates=count) * text[0]).sum(-1)
               for count in (1, 2, 8)}
@@ -226,10 +226,12 @@ def test_each_later_stage_has_its_own_steps_sampler_and_conditioning_noise():
     def unet(x_t, t, *, lowres_noise_level=None, **_):
         seen.append((x_t.shape[-1], None if lowres_noise_level is None else lowres_noise_level[0]))
         return x_t
-    for given, levels in ((None, [5, 5]), (0, [0, 0]), ([7, 9], [7, 9])):
+    for given, levels in ((None, [5, 5]), ([0, 0], [0, 0]), ([7, 9], [7, 9])):
         seen.clear()
-        sample_images([unet] * 3, configs, torch.randn(1, 4), [1], sample_timesteps=[3, 1, 2],
-                      sampler=["ddim", "dpmpp_2m", "ddpm"], cond_scale=1, lowres_noise_level=given)
+        options = [SampleOptions(1, steps, sampler, lowres_noise_level=level)
+                   for steps, sampler, level in zip((3, 1, 2), ("ddim", "dpmpp_2m", "ddpm"),
+                                                    [None, *(given or [None] * 2)])]
+        sample_images(build_stages([unet] * 3, configs), torch.randn(1, 4), [1], options)
         assert seen == [(8, None)] * 3 + [(16, levels[0])] + [(32, levels[1])] * 2
 
 
@@ -243,12 +245,24 @@ def test_a_picture_depends_on_its_seed_alone_and_the_upsampler_is_not_guided():
         unet.register_forward_pre_hook(
             lambda _, args, number=number: batches[number].append(len(args[0])))
     embeds = F.normalize(torch.randn(3, 128), dim=-1)
-    together = sample_images(unets, configs, embeds, [7, 8, 9], cond_scale=2.0, sample_timesteps=2)
+    stages, options = build_stages(unets, configs), SampleOptions(2.0, 2)
+    together = sample_images(stages, embeds, [7, 8, 9], options)
     assert batches == {1: [8, 8], 2: [1] * 6}  # guidance doubles the first stage alone
-    alone = sample_images(unets, configs, embeds[1:2], [8], cond_scale=2.0, sample_timesteps=2)
+    alone = sample_images(stages, embeds[1:2], [8], options)
     assert together.shape == (3, 3, 256, 256) and 0 <= together.min() and together.max() <= 1
     assert torch.equal(together[1:2], alone)
     assert (together[1] - together[0]).abs().mean() > 1e-3
+
+
+def test_groups_are_filled_up_and_cut_again():
+    seen = []
+
+    def double(x, names, *, factor):
+        seen.append((x.flatten().tolist(), names))
+        return x * factor, x
+    found = in_groups(double, 2)(torch.arange(3.0)[:, None], ["a", "b", "c"], factor=2)
+    assert [part.flatten().tolist() for part in found] == [[0, 2, 4], [0, 1, 2]]
+    assert seen == [([0, 1], ["a", "b"]), ([2, 2], ["c", "c"])]
 
 
 def test_noise_comes_from_the_seed_of_its_row():
