@@ -27,16 +27,16 @@ from dalle2 import cli  # noqa: E402
 from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.images import load_image, resize  # noqa: E402
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline  # noqa: E402
-from dalle2.render import list_coco_jobs  # noqa: E402
+from dalle2.render import list_coco_captions  # noqa: E402
 from dalle2.sampling import (  # noqa: E402
     SAMPLERS,
     Level,
+    SampleOptions,
     build_denoiser,
     build_prior_denoiser,
-    build_upsampler,
     compute_levels,
+    condition_upsampler,
     draw_part,
-    sample_image_embed,
 )
 from dalle2.validation import compute_recall  # noqa: E402
 
@@ -50,30 +50,31 @@ def main():
     args = parse_args()
     pipeline = load_pipeline(args, cli.pick_device())
     device = pipeline.clip.device
-    jobs = list_coco_jobs(args.test_annot_path, args.test_img_path, 0)
+    captions, _, paths = zip(*list_coco_captions(args.test_annot_path, args.test_img_path))
     seeds = list(range(args.num_images))
-    photos = torch.stack([load_image(job["photo"]) for job in jobs[:args.num_images]]).to(device)
-    text = pipeline.embed_captions([job["caption"] for job in jobs])
-    config, found = pipeline.prior_config, {}
+    photos = torch.stack([load_image(path) for path in paths[:args.num_images]]).to(device)
+    text = pipeline.embed_captions(captions)
+    config, found = pipeline.prior.config, {}
     found["prior"] = sweep(
-        "prior", args, build_prior_denoiser(pipeline.prior, *text, config.cond_scale),
-        draw_part(range(len(jobs)), text[0].shape[1:], device, "prior"),
+        "prior", args, build_prior_denoiser(pipeline.prior.network, *text, config.cond_scale),
+        draw_part(range(len(paths)), text[0].shape[1:], device, "prior"),
         Diffusion(config.timesteps, config.beta_schedule), config.discrete_time, score_embeds)
-    for number, (unet, config) in enumerate(zip(pipeline.unets, pipeline.unet_configs), start=1):
+    for stage in pipeline.stages:
+        number, config = stage.unet_number, stage.config
         true = resize(photos, config.image_size) / 255
-        if number == 1:
-            denoise = build_denoiser(unet, config, pipeline.embed_images(photos))
-        else:
-            denoise = build_upsampler(
-                unet, config, resize(photos, pipeline.unet_configs[number - 2].image_size) / 255,
+        condition = {"image_embed": pipeline.embed_images(photos)} if number == 1 else \
+            condition_upsampler(
+                resize(photos, pipeline.stages[number - 2].config.image_size) / 255,
+                config.image_size, config.lowres_noise_level,
                 draw_part(seeds, true.shape[1:], device, "lowres", number))
+        denoise = build_denoiser(stage.unet, config, condition, config.cond_scale)
         found[f"unet {number}"] = sweep(
             f"unet {number}, {config.image_size} px, cond_scale {config.cond_scale:g}", args,
             denoise, draw_part(seeds, true.shape[1:], device, "unet", number),
             build_diffusion(config, "cpu"), False,
             lambda x, reference, true=true: score_pictures(x, reference, true))
     plot(Path(args.output_dir) / "samplers.png", args.steps, found)
-    compare_candidates(pipeline, jobs, text)
+    compare_candidates(pipeline, paths, text)
 
 
 def parse_args():
@@ -169,17 +170,17 @@ def plot(path, steps, found):
 # candidates of the prior
 
 
-def compare_candidates(pipeline, jobs, text):
+def compare_candidates(pipeline, paths, text):
     """Prints what keeping the nearest of several embeddings gives, over all photos of the file."""
-    true = torch.cat([pipeline.embed_images(load_image(job["photo"])[None]) for job in jobs])
-    print(f"\nprior, {len(jobs)} captions, four seeds each\n\n| candidates | cosine to the photo | "
-          "to the caption | R@1 | R@5 | R@10 |\n|---:|---:|---:|---:|---:|---:|")
+    true = torch.cat([pipeline.embed_images(load_image(path)[None]) for path in paths])
+    print(f"\nprior, {len(paths)} captions, four seeds each\n\n| candidates | cosine to the photo "
+          "| to the caption | R@1 | R@5 | R@10 |\n|---:|---:|---:|---:|---:|---:|")
     for count in CANDIDATES:
         rows = []
         for seed in range(4):
-            embed = sample_image_embed(
-                pipeline.prior, pipeline.prior_config, *text,
-                range(seed * len(jobs), (seed + 1) * len(jobs)), num_candidates=count)
+            embed = pipeline.prior.sample(
+                *text, range(seed * len(paths), (seed + 1) * len(paths)),
+                SampleOptions(num_candidates=count))
             recall = compute_recall(embed, true, (1, 5, 10))
             rows.append([(embed * true).sum(-1).mean(), (embed * text[0]).sum(-1).mean(),
                          *recall.values()])

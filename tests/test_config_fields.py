@@ -20,7 +20,7 @@ from dalle2.config import (
 )
 from dalle2.errors import UserError
 from dalle2.models import build_unet, load_decoder, load_prior
-from dalle2.sampling import sample_image_embed, sample_images
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
 
 TOY, D = PRESETS["toy"], 128
 
@@ -168,7 +168,8 @@ def test_decoder(number, field, seen, run_preset):
         if number == 2:
             first = build_unet(TOY.decoder.unets[0], 1, D).eval()
             stages, configs = [first, unet], [TOY.decoder.unets[0], config]
-        return {**unet.state_dict(), "sampled": sample_images(stages, configs, embeds, [1])}
+        return {**unet.state_dict(), "sampled": sample_images(
+            build_stages(stages, configs), embeds, [1])}
     config = TOY.decoder.unets[number - 1]
     if field == "memory_efficient":  # without it the library wants a first multiple of one
         config, seen = replace(config, dim_mults=(1, 2, 4)), {}

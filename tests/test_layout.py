@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
-    {"errors", "rng", "images", "diffusion", "fast_modules", "sharding", "validation"},
+    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise", "sharding",
+     "validation"},
     {"config", "files", "logger", "optimizer"}, {"checkpoint", "plots", "gallery", "data"},
     {"ema", "clip", "models", "sampling", "prepare"}, {"run_folder", "train_state", "pipeline"},
     {"train_loop", "tasks", "render", "cli"})

@@ -175,8 +175,8 @@ METRICS = {  # of features drawn (N, F) and true (N, F), in the same order
 def make_key(settings, candidate):
     """Names a score: all that it depends on, files by their time of change."""
     files = [(path.name, path.stat().st_mtime_ns) for path in candidate["sources"]]
-    told = json.dumps([settings, describe(candidate), files])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    parts = json.dumps([settings, describe(candidate), files])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def compute_scores(metric, drawn, true):
