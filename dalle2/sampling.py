@@ -19,7 +19,7 @@ from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.images import resize
 from dalle2.rng import derive_seed, draw_noise
 
-SAMPLER = "dpmpp_2m"  # the default: benchmarks/RESULTS.md, "Samplers"
+SAMPLER = "dpmpp_2m"  # the default: docs/results.md, "Samplers"
 
 GROUP = 4             # rows that a CPU computes together
 
