@@ -59,7 +59,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """A small CLIP of one's own (open_clip's model class, ResNet image tower)."""
+    """A small CLIP that train_clip.py trains (open_clip's model class, ResNet image tower)."""
 
     embed_dim: int = setting(help="size D of an embedding, and width of the text tower: the prior "
                              "needs them equal")
@@ -84,7 +84,8 @@ class PriorConfig:
     max_text_len: int = setting(help="text positions (99.9 % of COCO's captions have at most 31 "
                                 "tokens); longer captions are cut, their end token kept")
     normformer: bool = setting(False, help="one more norm in each layer, as in LAION's prior")
-    discrete_time: bool = setting(False, help="a learned vector for each timestep, likewise")
+    discrete_time: bool = setting(False, help="a learned vector for each timestep, as in "
+                                  "LAION's prior")
     timesteps: int = setting(1000, most=10 ** 6, help="timesteps of the diffusion process")
     beta_schedule: str = setting("cosine", choices=("cosine", "linear"), help="noise schedule")
     text_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the captions that "
@@ -273,7 +274,7 @@ def config_to_dict(config):
 
 
 def config_from_dict(kind, values):
-    """The dataclass `kind` from what `config_to_dict` made, possibly by way of JSON.
+    """The dataclass `kind` from what `config_to_dict` made, possibly through JSON.
 
     Raises UserError on an unknown or a missing field and on a value of another type.
     """

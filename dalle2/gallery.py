@@ -73,7 +73,7 @@ def write_gallery(path, entries, settings, photos, nearest=None):
     shown = entries[:MAX_SHOWN]
     figures = "\n".join(_figure(number, entry, photo, near) for number, (entry, photo, near) in
                         enumerate(zip(shown, photos, nearest or [None] * len(entries))))
-    told = ", ".join(f"{name} {value}" for name, value in settings.items() if name in SETTINGS)
+    summary = ", ".join(f"{name} {value}" for name, value in settings.items() if name in SETTINGS)
     options = "".join(f'<option value="{value}">{text}</option>' for value, text in (
         ("number 1", "in order"), ("score -1", "best CLIP score first"),
         ("score 1", "worst CLIP score first"),
@@ -84,7 +84,7 @@ def write_gallery(path, entries, settings, photos, nearest=None):
 <header><h1>{len(shown)} of {len(entries)} rendered captions</h1>
 <form><input type="search" placeholder="filter by words" aria-label="filter by words">
 <select aria-label="order">{options}</select><output></output></form>
-<small>{html.escape(told)}</small></header>
+<small>{html.escape(summary)}</small></header>
 <main>{figures}</main><dialog><img alt=""><p></p></dialog><script>{SCRIPT}</script></html>
 """
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))

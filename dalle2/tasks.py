@@ -1,4 +1,4 @@
-"""What is trained: a CLIP of one's own, the prior, a stage of the decoder.
+"""What is trained: a small CLIP, the prior, a stage of the decoder.
 
 A task draws the batch of a step, computes its losses, validates, draws pictures to look at and
 exports. It is all that the training loop knows of a network. A batch is drawn on the CPU, by a

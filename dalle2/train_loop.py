@@ -268,7 +268,7 @@ def flatten(value, prefix=""):
 
 
 def collect_metrics(pending, since, accelerator, batch_size):
-    """The pending steps, begun at the time `since`, as metrics rows; losses averaged over all
+    """The pending steps as metrics rows, timed from `since`; losses averaged over all
     processes."""
     losses = torch.stack([loss for _, _, loss, _ in pending]).float()
     losses = accelerator.reduce(losses, "mean").tolist()

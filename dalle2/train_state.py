@@ -22,8 +22,8 @@ from dalle2.sharding import (
 
 
 class TrainState:
-    """A network with the average of its weights and its optimizers, on the device, whole or shared
-    out among the processes. `model` is what computes gradients, `module` the network itself.
+    """A network with the average of its weights and its optimizers, on the device, whole or sharded
+    among the processes. `model` is what computes gradients, `module` the network itself.
     `device_batch_size` rows are computed at a time."""
 
     def __init__(self, module, config, accelerator, list_blocks=lambda module: (), can_split=True):
@@ -49,7 +49,7 @@ class TrainState:
         self.samples_here = accelerator.is_main_process or self.is_shared
 
     def __str__(self):
-        sharing = "weights shared out, " if self.is_shared else ""
+        sharing = "weights sharded, " if self.is_shared else ""
         return (f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {sharing}"
                 f"{self.device_batch_size} rows at a time, "
                 f"precision {self.accelerator.mixed_precision}")
@@ -110,7 +110,7 @@ class TrainState:
         before, self.device_batch_size = self.device_batch_size, -(-self.device_batch_size // 2)
         if self.accelerator.is_main_process:
             tqdm.write(f"out of memory with {before} rows at a time: now {self.device_batch_size} "
-                       f"(--device_batch_size {self.device_batch_size} starts with so many)")
+                       f"(--device_batch_size {self.device_batch_size} starts with these)")
 
     def _clear_gradients(self):
         for optimizer in self.optimizers:
@@ -133,7 +133,7 @@ class TrainState:
 
     def collect(self):
         """What a checkpoint holds of it, whole, in the first process. Every process has to call
-        this and the next method where the network is shared out."""
+        this and the next method where the network is sharded."""
         scaler = self.accelerator.scaler
         return gather_state({
             "module": self.module.state_dict(), "ema": self.average.state_dict(),
@@ -163,7 +163,7 @@ class TrainState:
 
 def take_step(optimizers, grad_norm, scaler=None):
     """A step of torch's optimizers, left out where the gradient is not finite: with fp16 the scaler
-    sees to that, otherwise the optimizers are told on the device."""
+    skips it, otherwise the optimizers read it on the device."""
     if scaler is None:
         found_inf = 1 - torch.isfinite(grad_norm).float()
         for optimizer in optimizers:
