@@ -23,7 +23,7 @@ from dalle2.images import resize
 from dalle2.rng import derive_seed, draw_noise
 from dalle2.rowwise import in_groups
 
-SAMPLER = "dpmpp_2m"  # the default: benchmarks/RESULTS.md, "Samplers"
+SAMPLER = "dpmpp_2m"  # the default: docs/results.md, "Samplers"
 THRESHOLDS = "static", "dynamic"
 GROUP = 4  # rows that a CPU computes together
 
