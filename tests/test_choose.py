@@ -72,9 +72,9 @@ def store(toy, store_dir, clip_path, folder):
 def choose(run_script, toy, store_dir, folder):
     """choose(run folder, *flags) -> (exit code, stdout, stderr)."""
     return lambda run_dir, *flags: run_script(
-        "dalle2/choose.py", "--run_dir", run_dir, "--val_img_path", toy / "val", "--val_annot_path",
-        toy / "captions_val.json", "--num_images", N, "--store_dir", store_dir, "--sigma_rel", 0.05,
-        0.2, *flags)
+        "dalle2/tools/choose.py", "--run_dir", run_dir, "--val_img_path", toy / "val",
+        "--val_annot_path", toy / "captions_val.json", "--num_images", N, "--store_dir",
+        store_dir, "--sigma_rel", 0.05, 0.2, *flags)
 
 
 def load_candidates(run_dir, export):

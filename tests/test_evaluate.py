@@ -37,8 +37,8 @@ def flags(toy, clip_path, tmp_path_factory):
 @pytest.fixture
 def evaluate(run_script, flags, tmp_path):
     """evaluate(*more flags) -> (exit code, stdout, stderr); later flags win."""
-    return lambda *more: run_script("dalle2/evaluate.py", *flags, "--output_dir", tmp_path / "out",
-                                    *more)
+    return lambda *more: run_script("dalle2/tools/evaluate.py", *flags, "--output_dir",
+                                    tmp_path / "out", *more)
 
 
 def list_times(folder):

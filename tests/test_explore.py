@@ -218,9 +218,9 @@ def test_a_text_diff_turns_the_embedding_towards_the_captions_difference(pipelin
 def run_explore(run_script, checkpoints, tmp_path, toy):
     def run(command, *flags):
         files = {f"--{name}": path for name, path in checkpoints.items()}
-        return run_script("dalle2/explore.py", command, *sum(files.items(), ()), "--output_dir",
-                          tmp_path / "out", "--sample_timesteps", 3, "--cond_scale", 1,
-                          *(toy / flag if flag in (PHOTO, OTHER) else flag for flag in flags))
+        return run_script("dalle2/tools/explore.py", command, *sum(files.items(), ()),
+                          "--output_dir", tmp_path / "out", "--sample_timesteps", 3,
+                          "--cond_scale", 1, *(toy / flag if flag in (PHOTO, OTHER) else flag for flag in flags))
     return run
 
 

@@ -89,9 +89,10 @@ def main():
     args.prior_ckpt = run.export  # the CLIP's file may lie beside it
     own_clip = load_matching_clip(args, clip, clip, device)
     judge, features = load_judge(args, metric, run, own_clip, device)
-    store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir,
-                          clip=own_clip,
-                          max_images=args.num_images or (200 if run.unet_number else 1000))
+    num_images = args.num_images or (200 if run.unet_number else 1000)
+    with rename_argument(annot_path="val_annot_path", img_path="val_img_path"):
+        store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir,
+                              clip=own_clip, max_images=num_images)
     if len(store) < MIN_IMAGES:
         raise UserError(f"{MIN_IMAGES} pictures are needed, not {len(store)}", "val_annot_path")
 

@@ -189,8 +189,8 @@ def claim_folder(folder, settings):
     path = folder / "settings.json"
     recorded = json.loads(path.read_text()) if path.is_file() else settings
     for name, value in settings.items():
-        if recorded.get(name) != value:
-            raise UserError(f"the pictures in {folder} were made with {name} {recorded.get(name)}, "
+        if recorded.get(name, value) != value:
+            raise UserError(f"the pictures in {folder} were made with {name} {recorded[name]}, "
                             f"not {value}; choose another --output_dir or delete that one", name)
     replace_file(path, lambda part: part.write_text(json.dumps(settings, indent=1)))
 

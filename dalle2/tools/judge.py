@@ -134,12 +134,13 @@ def embed_photos(judge, paths, split_name, notes):
 
 def embed_train(args, judge, notes):
     """(T, D) of the train photos, from their store where one is named."""
-    if not args.store_dir:
-        records = load_captions(args.train_annot_path, args.train_img_path)
-        return embed_photos(replace(judge, inception=None), [r.path for r in records],
-                            "train", notes).embed
-    store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
-                          clip=judge.clip)
+    with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
+        if not args.store_dir:
+            records = load_captions(args.train_annot_path, args.train_img_path)
+            return embed_photos(replace(judge, inception=None), [r.path for r in records],
+                                "train", notes).embed
+        store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
+                              clip=judge.clip)
     return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
 
 
