@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from dalle2 import cli
 from dalle2.config import UserError
@@ -16,6 +15,7 @@ from dalle2.gallery import write_gallery
 from dalle2.images import arrange, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.prepare import prepare_store
+from dalle2.processes import join_processes
 from dalle2.render import compute_digest, list_coco_jobs, render_jobs
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS, THRESHOLDS
@@ -64,7 +64,7 @@ def main():
     jobs = list_jobs(args)
     pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
-    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(args.output_dir)
+    state, output_dir = join_processes(), Path(args.output_dir)
     settings = describe_settings(args, pipeline, [prior_steps, *unet_steps])
     entries = render_jobs(
         pipeline, jobs, output_dir, settings, batch_size=args.batch_size,

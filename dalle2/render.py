@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from dalle2.config import UserError
 from dalle2.data import load_captions, load_image
 from dalle2.images import make_unique_stems, save_image
+from dalle2.processes import join_processes, share_errors
 from dalle2.rng import derive_seed
 
 
@@ -43,7 +43,7 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
     "clip_score"} in the order of `jobs`. Raises UserError, in all processes, where a picture is
     not finite; it is not saved.
     """
-    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
+    state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     stems = make_unique_stems([job["caption"] for job in jobs])
@@ -54,28 +54,23 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
     todo = [job for job in jobs if get_key(job) not in done]
     if len(todo) < len(jobs):
         state.print(f"{output_dir}: {len(jobs) - len(todo)} of {len(jobs)} rendered already")
-    share, entries, problem = todo[state.process_index::state.num_processes], [], None
+    share, entries = todo[state.process_index::state.num_processes], []
     size = batch_size or (16 if pipeline.clip.device.type == "cpu" else 256)
-    with open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
+    with share_errors(), \
+            open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
             tqdm(total=len(share), desc="rendering", unit=" pictures",
                  disable=not state.is_main_process or not todo,
                  mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        try:
-            for batch, images, scores in render_batches(pipeline, share, size, from_photos,
-                                                        prior_options or {}, options or {}):
-                for job, image, score in zip(batch, images, scores):
-                    save_image(image, output_dir / job["file"])
-                    entry = {name: job[name] for name in ("file", "caption", "image_id", "seed")}
-                    entries.append({**entry, "clip_score": score})
-                    file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
-                               + "\n")
-                file.flush()
-                bar.update(len(batch))
-        except UserError as error:
-            problem = str(error)
-    problems = [told for told in gather_object([problem]) if told]
-    if problems:
-        raise UserError(problems[0])
+        for batch, images, scores in render_batches(pipeline, share, size, from_photos,
+                                                    prior_options or {}, options or {}):
+            for job, image, score in zip(batch, images, scores):
+                save_image(image, output_dir / job["file"])
+                entry = {name: job[name] for name in ("file", "caption", "image_id", "seed")}
+                entries.append({**entry, "clip_score": score})
+                file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
+                           + "\n")
+            file.flush()
+            bar.update(len(batch))
     done |= {get_key(entry): entry for entry in gather_object(entries)}
     return [done[get_key(job)] for job in jobs]
 
