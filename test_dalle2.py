@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.gallery import write_gallery, write_grid
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.processes import join_processes
 from dalle2.render import (
     add_caption_flags,
     add_sample_flags,
@@ -47,7 +46,7 @@ def main():
         "init_from_true_embedding": args.init_from_true_embedding}
     entries = render_jobs(pipeline, jobs, args.output_dir, settings, options,
                           batch_size=args.batch_size, from_photos=args.init_from_true_embedding)
-    if not PartialState().is_main_process:
+    if not join_processes().is_main_process:
         return
 
     # ---- what is shown of them

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
+from dalle2.processes import join_processes, share_errors
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS, THRESHOLDS
 
@@ -158,7 +158,7 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
     "clip_score"} in the order of `jobs`. Raises UserError, in all processes, where a picture is
     not finite; it is not saved.
     """
-    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
+    state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     # one process looks: another may look later, when some of the work is done
@@ -167,27 +167,21 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
     todo = [job for job in jobs if get_key(job.describe()) not in done]
     if len(todo) < len(jobs):
         state.print(f"{output_dir}: {len(jobs) - len(todo)} of {len(jobs)} rendered already")
-    share, entries, problem = todo[state.process_index::state.num_processes], [], None
+    share, entries = todo[state.process_index::state.num_processes], []
     size = batch_size or (16 if pipeline.clip.device.type == "cpu" else 256)
-    with open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
+    with share_errors(), \
+            open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
             tqdm(total=len(share), desc="rendering", unit=" pictures",
                  disable=not state.is_main_process or not todo,
                  mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        try:
-            for batch, images, scores in render_batches(pipeline, share, size, options,
-                                                        from_photos):
-                for job, image, score in zip(batch, images, scores):
-                    save_image(image, output_dir / job.file)
-                    entries.append({**job.describe(), "clip_score": score})
-                    file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
-                               + "\n")
-                file.flush()
-                bar.update(len(batch))
-        except UserError as error:
-            problem = error
-    problems = [error for error in gather_object([problem]) if error]
-    if problems:
-        raise problems[0]
+        for batch, images, scores in render_batches(pipeline, share, size, options, from_photos):
+            for job, image, score in zip(batch, images, scores):
+                save_image(image, output_dir / job.file)
+                entries.append({**job.describe(), "clip_score": score})
+                file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
+                           + "\n")
+            file.flush()
+            bar.update(len(batch))
     done |= {get_key(entry): entry for entry in gather_object(entries)}
     return [done[get_key(job.describe())] for job in jobs]
 

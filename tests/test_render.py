@@ -103,10 +103,9 @@ def test_a_late_process_renders_what_the_first_left_to_it(tmp_path, monkeypatch)
     """By then the folder holds other pictures than those that the first process saw."""
     first = render_jobs(FakePipeline(), JOBS, tmp_path, {}, [])
     state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, print=print)
-    monkeypatch.setattr("dalle2.render.PartialState", lambda **_: state)
+    monkeypatch.setattr("dalle2.render.join_processes", lambda: state)
     monkeypatch.setattr("dalle2.render.broadcast_object_list", lambda objects: [{}])
-    monkeypatch.setattr("dalle2.render.gather_object",
-                        lambda own: own if own == [None] else [*first[::2], *own])
+    monkeypatch.setattr("dalle2.render.gather_object", lambda own: [*first[::2], *own])
     late = FakePipeline()
     assert render_jobs(late, JOBS, tmp_path, {}, [], batch_size=2) == first
     assert late.batches == [[1, 3], [5]]
