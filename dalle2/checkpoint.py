@@ -21,7 +21,8 @@ _CLIP = {"clip_model": str, "clip_pretrained": str, "relative_path": str, "finge
 HEADERS = {  # what a header must hold, by the kind of its export; more may be there
     "clip": {"config": dict},
     "prior": {"config": dict, "embed_dim": int, "clip": _CLIP},
-    "decoder": {"embed_dim": int, "clip": _CLIP, "stages": list}}
+    "decoder": {"embed_dim": int, "clip": _CLIP, "stages": list},
+    "snapshot": {"step": int, "sigma_rel": float}}
 
 
 def save_checkpoint(folder, state, must=False, keep=2):

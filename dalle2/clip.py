@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from dalle2.checkpoint import explain_damage, load_export, load_network, read_export_header
 from dalle2.config import ClipConfig, config_from_dict, validate_config
-from dalle2.errors import UserError
+from dalle2.errors import UserError, rename_argument
 
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -193,9 +193,9 @@ def load_clip(clip_model, clip_pretrained, device="cpu"):
     Raises UserError on an unknown name or tag, a missing file, weights that do not fit.
     """
     if os.path.isfile(clip_pretrained):
-        header = read_export_header(clip_pretrained, kind=None)
-        if header is not None:
-            return _load_own_clip(clip_pretrained, device)
+        with rename_argument(path="clip_pretrained"):
+            if read_export_header(clip_pretrained, kind=None) is not None:
+                return _load_own_clip(clip_pretrained, device)
     elif os.sep in clip_pretrained or clip_pretrained.endswith((".pt", ".safetensors", ".bin")):
         raise UserError(f"no such file: {clip_pretrained}", "clip_pretrained")
     check_clip_name(clip_model, clip_pretrained)

@@ -1,16 +1,18 @@
 """`index.html`: rendered pictures beside their captions, true photos and nearest training pictures.
-One file, no server, no network."""
+One file, no server, no network. `grid.jpg`: the first pictures in one."""
 
 import html
 import io
 import os
 from base64 import b64encode
+from pathlib import Path
 from urllib.parse import quote
 
+import torch
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2.files import replace_file
-from dalle2.images import load_image, resize
+from dalle2.images import arrange, load_image, resize, save_jpeg
 
 MAX_SHOWN = 2000  # pictures on the page; the manifest names all
 SETTINGS = "cond_scale", "prior_cond_scale", "sample_timesteps", "sampler", "seed"
@@ -112,3 +114,10 @@ def _small(title, image):
     TF.to_pil_image(image).save(buffer, "JPEG", quality=80, subsampling=0)
     return (f'<div><small>{title}</small><img alt="{title}" '
             f'src="data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"></div>')
+
+
+def write_grid(output_dir, entries, samples_per_prompt):
+    """`grid.jpg` of the first 64 pictures at 128 px, the samples of a prompt in one row."""
+    pictures = [load_image(Path(output_dir) / entry["file"], 128) / 255 for entry in entries[:64]]
+    columns = samples_per_prompt if samples_per_prompt > 1 else 8
+    save_jpeg(arrange(torch.stack(pictures), columns), Path(output_dir) / "grid.jpg")

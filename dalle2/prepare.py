@@ -73,14 +73,14 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
     image_format = find_image_format(folder) or image_format or "uint8"
     name = f"images.{image_format}"
     files = GrowingFiles(folder, [name])
-    results = [entry for note in files.notes for entry in note]  # size, or what is wrong
-    announce(folder, f"{len(records)} pictures", (len(records) - len(results))
+    outcomes = [entry for note in files.notes for entry in note]  # sizes, or what is wrong
+    announce(folder, f"{len(records)} pictures", (len(records) - len(outcomes))
              * BYTES_A_PICTURE[image_format], progress)
     chunks = [records[i:i + IMAGES_A_STEP]
-              for i in range(len(results), len(records), IMAGES_A_STEP)]
+              for i in range(len(outcomes), len(records), IMAGES_A_STEP)]
     read = partial(_read_picture, image_format=image_format)
     with ThreadPoolExecutor(num_workers) as pool, _one_thread(), \
-            _show(len(records), len(results), "decoding", " pictures", progress) as bar:
+            _show(len(records), len(outcomes), "decoding", " pictures", progress) as bar:
         ahead = pool.map(read, chunks[0]) if chunks else None
         for number, chunk in enumerate(chunks, start=1):
             results = ahead
@@ -95,11 +95,11 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
                 note.append(reason or len(block))
                 bar.update()
             files.append({name: b"".join(blocks)}, note)
-            results += note
-    kept = [(record, size) for record, size in zip(records, results) if isinstance(size, int)]
+            outcomes += note
+    kept = [(record, size) for record, size in zip(records, outcomes) if isinstance(size, int)]
     if not kept:
         raise UserError(f"none of {len(records)} pictures could be read, such as "
-                        f"{records[0].path} ({results[0]})")
+                        f"{records[0].path} ({outcomes[0]})")
     if len(kept) < len(records):
         tqdm.write(f"warning: {len(records) - len(kept)} of {len(records)} pictures are left out")
     (folder / "images.json").write_text(json.dumps(

@@ -22,7 +22,7 @@ from dalle2.files import replace_file
 from dalle2.images import arrange, crop, resize
 from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
-from dalle2.sampling import sample_image_embed, sample_images
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.validation import (
     compute_fixed_timesteps,
     compute_prior_scores,
@@ -329,11 +329,11 @@ class UnetTask(Task):
         """A picture (3, H, W) in [0, 1]: a row of photos; below, what the stages so far make of
         each kind of embedding."""
         unets, configs = self.earlier
+        stages = build_stages([*unets, module], [*configs, self.config])
         rows = [torch.from_numpy(np.array(self.val_store.images[:NUM_SAMPLES])) / 255]
         for embeds in self.sample_embeds:
             with self.accelerator.autocast():
-                rows.append(sample_images([*unets, module], [*configs, self.config], embeds,
-                                          range(len(embeds))).float().cpu())
+                rows.append(sample_images(stages, embeds, range(len(embeds))).float().cpu())
         return arrange(torch.cat([resize(row, self.config.image_size) for row in rows]),
                        columns=len(rows[0]))
 

@@ -1,16 +1,43 @@
-"""What several tests need: untrained exports, and what a refusal looks like."""
+"""What several tests need: a store, untrained exports, and what a refusal looks like."""
 
 import re
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip, load_clip
 from dalle2.config import PRESETS, config_to_dict
+from dalle2.data import Store
+from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 
 TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
+
+
+class RandomStore(Store):
+    """A store of random pictures and embeddings in memory, two captions of 24 tokens a picture."""
+
+    def __init__(self, count=6, seed=0):
+        random = np.random.default_rng(seed)
+        self.source = {"annotations": f"{seed}" * 64}
+        self.image_ids, self.captions = list(range(count)), [["one", "two"]] * count
+        self.images = random.integers(0, 256, (count, 3, 256, 256), np.uint8)
+        self.image_embed = draw_unit(random, count)
+        self.caption_start = np.arange(0, 2 * count + 1, 2)
+        self.text_embed = draw_unit(random, 2 * count)
+        self.token_start = np.arange(0, 48 * count + 1, 24)
+        self.text_encodings = draw_unit(random, 48 * count)
+
+    def load_small_images(self, size):
+        return resize(torch.from_numpy(self.images), size).numpy()
+
+
+def draw_unit(random, count):
+    """(count, D) of unit norm, float16 as in a store."""
+    embed = random.standard_normal((count, D))
+    return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float16)
 
 
 def write_clip(path, seed=0, noise=0.0):
@@ -54,6 +81,14 @@ def change_unets(*changes):
 def shake(weights, noise):
     return {name: value + noise * torch.randn_like(value) if value.is_floating_point() else value
             for name, value in weights.items()}
+
+
+@torch.no_grad()
+def shake_module(module, noise=0.05):
+    """The network with noise in every weight: the library's last layers begin at zero."""
+    for weight in module.parameters():
+        weight.add_(noise * torch.randn_like(weight))
+    return module
 
 
 def check_refused(result, told):

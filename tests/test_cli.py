@@ -95,8 +95,8 @@ def test_rendering_refuses_the_wrong_checkpoint(run_script, checkpoints, tmp_pat
 
 @pytest.mark.parametrize("script, count", [
     ("train_clip.py", 9), ("train_prior.py", 9), ("train_decoder.py", 10), ("test_dalle2.py", 7),
-    ("dalle2/evaluate.py", 7), ("dalle2/explore.py", 15), ("dalle2/doctor.py", 2),
-    ("dalle2/app.py", 1), ("dalle2/convert.py", 0), ("data/coco_prepare.py", 1),
+    ("dalle2/tools/evaluate.py", 7), ("dalle2/explore.py", 15), ("dalle2/doctor.py", 2),
+    ("dalle2/tools/app.py", 1), ("dalle2/convert.py", 0), ("data/coco_prepare.py", 1),
     ("data/toy_coco.py", 4), ("data/coco_download.py", 1)])
 def test_no_flag_takes_a_number_that_is_none(run_script, monkeypatch, capsys, script, count):
     """`count` is at least how many numeric flags the script has."""

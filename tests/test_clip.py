@@ -247,8 +247,8 @@ def test_fingerprint_names_the_weights(clip, clip_path):
 
 
 @pytest.mark.parametrize("model, pretrained, told", [
-    ("ViT-Z-99", "openai", "--clip_model"), ("ViT-B-32", "no-such-tag", "--clip_pretrained"),
-    ("ViT-B-32", "no/such/file.pt", "--clip_pretrained: no such file")])
+    ("ViT-Z-99", "openai", "clip_model"), ("ViT-B-32", "no-such-tag", "clip_pretrained"),
+    ("ViT-B-32", "no/such/file.pt", "clip_pretrained: no such file")])
 def test_unknown_clips_are_named(model, pretrained, told):
     with pytest.raises(UserError, match=told):
         load_clip(model, pretrained)

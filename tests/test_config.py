@@ -65,7 +65,7 @@ def test_senseless_values_are_named(field, value):
     ("train", [1]), ("beta_schedule", 1)])
 def test_values_of_another_type_are_named(field, value):
     values = config_to_dict(PRESETS["toy"].prior)
-    with pytest.raises(UserError, match="TrainConfig" if field == "train" else f"--{field}"):
+    with pytest.raises(UserError, match="TrainConfig" if field == "train" else f"{field}: "):
         config_from_dict(PriorConfig, {**values, field: value})
     assert config_from_dict(PriorConfig, {**values, "cond_scale": 2}).cond_scale == 2
     with pytest.raises(UserError, match="dim_mults"):

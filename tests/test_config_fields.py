@@ -2,27 +2,29 @@
 
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from helpers import TOY, D, RandomStore, shake_module
 from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
 from dalle2.clip import build_clip
 from dalle2.config import (
-    PRESETS,
     ClipConfig,
+    DecoderConfig,
     PriorConfig,
     TrainConfig,
     UnetConfig,
     validate_config,
 )
 from dalle2.errors import UserError
-from dalle2.models import build_unet, load_decoder, load_prior
-from dalle2.sampling import sample_image_embed, sample_images
-
-TOY, D = PRESETS["toy"], 128
+from dalle2.models import build_prior, build_unet
+from dalle2.rng import BatchRandom
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
+from dalle2.tasks import PriorTask, UnetTask
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
              warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
@@ -32,11 +34,11 @@ CLIP = dict(embed_dim=64, image_size=64, vision_width=24, vision_layers=(2, 1, 1
             text_layers=3, text_heads=2, context_length=20, logit_scale=5.0)
 PRIOR = dict(depth=2, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
              timesteps=500, beta_schedule="linear", text_cond_drop_prob=0.9, sample_timesteps=3,
-             cond_scale=2.0)
+             num_candidates=9, cond_scale=2.0)
 UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
             self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
             memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,
-            predict_x_start=False, predict_v=True, timesteps=500, beta_schedule="cosine",
+            objective="v", timesteps=500, beta_schedule="cosine",
             min_snr_gamma=5.0, image_cond_drop_prob=0.9, sample_timesteps=3, cond_scale=3.0)
 UPSAMPLER = dict(crop_size=32, lowres_noise_max_level=10, lowres_noise_level=300)  # second stage
 
@@ -125,55 +127,45 @@ def test_clip(field, seen):
     assert_changes(seen, "clip", run, TOY.clip, replace(TOY.clip, **{field: CLIP[field]}))
 
 
-@pytest.fixture
-def run_preset(monkeypatch, run_script, data_flags, clip_path, tmp_path):
-    """run_preset(script, preset, *flags) -> folder of two steps of training, not validated."""
-    def run(script, preset, *flags):
-        monkeypatch.setitem(PRESETS, "toy", preset)
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        code, _, err = run_script(script, "--preset", "toy", *data_flags, "--val_annot_path", "",
-                                  "--clip_pretrained", clip_path, "--output_dir", folder,
-                                  "--num_steps", "2", "--batch_size", "4", "--log_with", "none",
-                                  *flags)
-        assert code == 0, err
-        return folder
-    return run
+def compute_task_loss(task, module, rows=4):
+    """(rows,) losses of the first step's batch."""
+    key = dict(batch_size=rows)
+    batch = task.load(task.train_store, np.arange(rows), BatchRandom("data", **key))
+    with torch.no_grad():
+        return task.loss(module, batch, BatchRandom("noise", **key))
+
+
+@pytest.fixture(scope="module")
+def store():
+    return RandomStore()
 
 
 @pytest.mark.parametrize("field", PRIOR)
-def test_prior(field, seen, run_preset):
+def test_prior(field, seen, store):
     def run(config):
-        folder = run_preset("train_prior.py", replace(TOY, prior=config))
-        prior, config, _ = load_prior(folder / "prior.safetensors")
         torch.manual_seed(0)
-        sampled = sample_image_embed(prior, config, torch.randn(2, D), torch.randn(2, 9, D), [1, 2])
-        return {**prior.state_dict(), "sampled": sampled}
+        prior = shake_module(build_prior(config, D)).eval()
+        losses = compute_task_loss(PriorTask(config, Accelerator(cpu=True), store), prior)
+        text_embed = torch.from_numpy(store.text_embed[:2]).float()
+        text_encodings = store.load_text_encodings([0, 1], config.max_text_len).float()
+        return {"loss": losses, "sample": sample_image_embed(prior, config, text_embed,
+                                                             text_encodings, [1, 2])}
     assert_changes(seen, "prior", run, TOY.prior, replace(TOY.prior, **{field: PRIOR[field]}))
 
 
 @pytest.mark.parametrize("number, field", [*((1, field) for field in UNET),
                                            *((2, field) for field in UPSAMPLER)])
-def test_decoder(number, field, seen, run_preset):
+def test_decoder(number, field, seen, store):
     def run(config):
-        unets = list(TOY.decoder.unets)
-        unets[number - 1] = config
-        folder = run_preset("train_decoder.py",
-                            replace(TOY, decoder=replace(TOY.decoder, unets=tuple(unets))),
-                            "--unet_number", number)
-        trained, configs, _ = load_decoder(folder / "decoder.safetensors")
-        unet, config = trained[number], configs[number]
+        configs = [*TOY.decoder.unets[:number - 1], config]
         torch.manual_seed(0)
-        embeds = torch.nn.functional.normalize(torch.randn(1, D), dim=-1)
-        stages, configs = [unet], [config]
-        if number == 2:
-            first = build_unet(TOY.decoder.unets[0], 1, D).eval()
-            stages, configs = [first, unet], [TOY.decoder.unets[0], config]
-        return {**unet.state_dict(), "sampled": sample_images(stages, configs, embeds, [1])}
+        unets = [shake_module(build_unet(c, n, D)).eval() for n, c in enumerate(configs, start=1)]
+        task = UnetTask(number, DecoderConfig(unets=tuple(configs)), Accelerator(cpu=True), store)
+        embed = torch.from_numpy(store.image_embed[:1]).float()
+        return {"loss": compute_task_loss(task, unets[-1]),
+                "sample": sample_images(build_stages(unets, configs), embed, [1])}
     config = TOY.decoder.unets[number - 1]
     if field == "memory_efficient":  # without it the library wants a first multiple of one
         config, seen = replace(config, dim_mults=(1, 2, 4)), {}
     value = {**UNET, **UPSAMPLER}[field]
-    changed = replace(config, **{field: value})
-    if field == "predict_v":
-        changed = replace(changed, predict_x_start=False)
-    assert_changes(seen, f"unet{number}", run, config, changed)
+    assert_changes(seen, f"unet{number}", run, config, replace(config, **{field: value}))

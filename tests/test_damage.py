@@ -18,7 +18,7 @@ from dalle2.models import load_decoder, load_prior
 
 LOADERS = {"prior": load_prior, "decoder": load_decoder,
            "clip": lambda path: load_clip("", str(path))}
-FLAGS = {"prior": "--prior_ckpt", "decoder": "--decoder_ckpt", "clip": "--clip_pretrained"}
+ARGUMENTS = {"prior": "path", "decoder": "path", "clip": "clip_pretrained"}
 VALUES = [None, True, "word", "", [], {}, [1, [2]], 0, -1, 1.5, 3, float("nan"), float("inf"),
           10 ** 9, 10 ** 18, 10 ** 400, -10 ** 400]
 
@@ -81,11 +81,11 @@ def damage_weights(weights, chance):
 
 
 def load_or_refuse(kind, path):
-    """The UserError of one line that names flag and file, or None where the file loads."""
+    """The UserError of one line that names argument and file, or None where the file loads."""
     try:
         LOADERS[kind](path)
     except UserError as error:
-        assert str(error).startswith(f"{FLAGS[kind]}: {path} is "), error
+        assert str(error).startswith(f"{ARGUMENTS[kind]}: {path} is "), error
         assert "\n" not in str(error) and len(str(error)) < 500
         return str(error)
 

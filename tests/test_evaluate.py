@@ -37,8 +37,8 @@ def flags(toy, clip_path, tmp_path_factory):
 @pytest.fixture
 def evaluate(run_script, flags, tmp_path):
     """evaluate(*more flags) -> (exit code, stdout, stderr); later flags win."""
-    return lambda *more: run_script("dalle2/evaluate.py", *flags, "--output_dir", tmp_path / "out",
-                                    *more)
+    return lambda *more: run_script("dalle2/tools/evaluate.py", *flags, "--output_dir",
+                                    tmp_path / "out", *more)
 
 
 def list_times(folder):
@@ -123,6 +123,7 @@ def test_figures_files_and_resuming(evaluate, toy, clip_path, store_dir, tmp_pat
     # other settings are refused, naming the flag
     for name, value in (("cond_scale", 3), ("prior_cond_scale", 2), ("sample_timesteps", 3),
                         ("seed", 1), ("sampler", "ddpm"), ("mixed_precision", "bf16"),
+                        ("num_candidates", 1), ("lowres_noise_level", 0),
                         ("test_annot_path", toy / "captions_val.json")):
         code, _, error = evaluate("--num_images", 20, f"--{name}", value)
         assert code == 2 and error.startswith(f"error: --{name}: ") and error.count("\n") == 1
@@ -251,7 +252,8 @@ def test_a_sweep_draws_tabulates_and_names_the_lowest_cmmd(evaluate, tmp_path):
     (["--num_images", 1], "num_images"), (["--cond_scale", 1, 2], "cond_scale"),
     (["--cond_scale", "nan"], "cond_scale"), (["--sample_timesteps", 0], "sample_timesteps"),
     (["--sample_timesteps", 1, 2], "sample_timesteps"),
-    (["--sample_timesteps", 1001], "sample_timesteps"),
+    (["--sample_timesteps", 1001], "sample_timesteps"), (["--num_candidates", 0], "num_candidates"),
+    (["--lowres_noise_level", 301], "lowres_noise_level"),
     (["--train_img_path", "x"], "train_annot_path"), (["--store_dir", "x"], "train_img_path"),
     (["--test_annot_path", "x"], "test_annot_path"), (["--prior_ckpt", "x"], "prior_ckpt"),
     (["--judge_clip_model", "ViT-B-32"], "judge_clip_pretrained"),

@@ -15,14 +15,17 @@ from dalle2.tools.metrics import (
     compute_cmmd,
     compute_diversity,
     compute_fid_kid,
-    compute_fixed_timesteps,
     compute_memorization,
     compute_r_precision,
     draw_other_captions,
     load_inception,
+)
+from dalle2.validation import (
+    compute_fixed_timesteps,
+    compute_prior_scores,
+    compute_recall,
     summarize_by_quartile,
 )
-from dalle2.validation import compute_prior_scores, compute_recall
 
 
 def draw_embeds(count, seed, shift=0.0, width=16):

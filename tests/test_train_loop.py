@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dalle2.config import TrainConfig
 from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
 from dalle2.logger import MetricsLog, read_metrics
+from dalle2.plots import save_curves
 from dalle2.rng import BatchRandom, derive_seed
 from dalle2.train_loop import (
     BATCHES_AHEAD,
@@ -64,9 +66,11 @@ class SmallTask:
         into.update({name: value.clone() for name, value in state.items()})
 
 
-def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None, **parts):
-    """Trains a small network; returns (exported weights, raw weights, metrics). parts: of the
-    SmallTask that are replaced: loss, draw, validate, sample, num_val, can_split."""
+def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None, save_curves=None,
+                 **parts):
+    """Trains a small network; returns (exported weights, raw weights, metrics). save_curves: what
+    draws them, nothing by default: it takes longer than all the rest. parts: of the SmallTask that
+    are replaced: loss, draw, validate, sample, num_val, can_split."""
     torch.manual_seed(0)
     module = module or nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(),
                                      nn.Linear(8, 2))
@@ -74,7 +78,8 @@ def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None,
     task = SmallTask(config, checkpoint["step"] if checkpoint else 0, stop_at, at_step)
     for name, part in parts.items():
         setattr(task, name, part)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), \
+            patch("dalle2.train_loop.save_curves", save_curves or (lambda *paths: None)):
         train(task=task, module=module, run_dir=folder, accelerator=Accelerator(cpu=True),
               log_with="none")
     path = folder / "metrics.jsonl"  # the first process writes it
@@ -323,7 +328,8 @@ def test_the_best_weights_by_validation_are_exported_and_the_last_beside_them(tm
         seen.append((brief, module.training))
         return {"val_loss": [5.0, 5.5, 3.0, 3.5, 4.0, 4.5, 9.0, 9.5][len(seen) - 1]}
     exported, _, metrics = run_training(tmp_path, replace(CONFIG, validate_every=2),
-                                        validate=validate, num_val=1, last_exported=last)
+                                        validate=validate, num_val=1, last_exported=last,
+                                        save_curves=save_curves)
     assert seen == [(False, False), (True, False)] * 4
     assert [(m["step"], m["val_loss"], m["val_loss_raw"]) for m in metrics if "val_loss" in m] == [
         (2, 5.0, 5.5), (4, 3.0, 3.5), (6, 4.0, 4.5), (8, 9.0, 9.5)]

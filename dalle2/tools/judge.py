@@ -25,15 +25,15 @@ class Judge:
     """What looks at pictures: a CLIP and, where it can be had, the Inception-v3 of FID."""
 
     clip: FrozenClip
-    told: dict              # which CLIP this is, which one conditions the pictures, if both are one
+    clips: dict             # which CLIP this is, which one conditions the pictures, if both are one
     inception: Callable | None
     use_precision: Callable  # of the Pipeline: the context in which CLIP looks at pictures
 
-    def embed_files(self, paths, told):
+    def embed_files(self, paths, name):
         """Photos of those of the picture files that can be read, each through load_image."""
         rows, embeds, features = [], [torch.zeros(0, self.clip.embed_dim)], []
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
-                tqdm(total=len(paths), desc=f"embedding {told}", unit=" pictures",
+                tqdm(total=len(paths), desc=f"embedding {name}", unit=" pictures",
                      mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
             for part in split(range(len(paths)), EMBED_BATCH_SIZE):
                 images = dict(zip(part, pool.map(load_or_none, [paths[row] for row in part])))
@@ -62,14 +62,14 @@ class Photos:
 def load_judge(args, pipeline, notes, device):
     keys = "clip_model", "clip_pretrained", "fingerprint"
     condition = {key: pipeline.header["clip"][key] for key in keys}
-    clip, told = pipeline.clip, condition
+    clip, record = pipeline.clip, condition
     if args.judge_clip_pretrained:
         model = args.judge_clip_model or condition["clip_model"]
         with rename_argument(clip_model="judge_clip_model",
                              clip_pretrained="judge_clip_pretrained"):
             clip = load_clip(model, args.judge_clip_pretrained, device)
-        told = dict(zip(keys, (model, args.judge_clip_pretrained, clip.fingerprint)))
-    same = told["fingerprint"] == condition["fingerprint"]
+        record = dict(zip(keys, (model, args.judge_clip_pretrained, clip.fingerprint)))
+    same = record["fingerprint"] == condition["fingerprint"]
     if same:
         notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
                    "them: name another by --judge_clip_model and --judge_clip_pretrained")
@@ -81,7 +81,7 @@ def load_judge(args, pipeline, notes, device):
             if args.inception_weights:
                 raise
             notes.warn(f"no FID and no KID: {error}")
-    return Judge(clip, {"judge": told, "condition": condition, "same": same}, inception,
+    return Judge(clip, {"judge": record, "condition": condition, "same": same}, inception,
                  pipeline.use_precision)
 
 
@@ -109,12 +109,11 @@ class Captions:
         return {f"photo_{name}": score for name, score in scores.items()}
 
 
-def embed_captions(judge, jobs, num_images):
-    """Captions of the first num_images jobs, and of a few more where these are too few for
+def embed_captions(judge, captions, num_images):
+    """Captions of the first num_images strings, and of a few more where these are too few for
     R-precision."""
     pool, own, others = metrics.draw_other_captions(
-        [job["caption"] for job in jobs[:max(num_images, NUM_OTHER_CAPTIONS + 1)]],
-        NUM_OTHER_CAPTIONS)
+        captions[:max(num_images, NUM_OTHER_CAPTIONS + 1)], NUM_OTHER_CAPTIONS)
     text_embed = torch.cat([judge.clip.embed_text(judge.clip.tokenize(part))[0]
                             for part in split(pool, EMBED_BATCH_SIZE)])
     own, others = (rows[:num_images].to(text_embed.device) for rows in (own, others))
@@ -135,12 +134,13 @@ def embed_photos(judge, paths, split_name, notes):
 
 def embed_train(args, judge, notes):
     """(T, D) of the train photos, from their store where one is named."""
-    if not args.store_dir:
-        records = load_captions(args.train_annot_path, args.train_img_path)
-        return embed_photos(replace(judge, inception=None), [r.path for r in records],
-                            "train", notes).embed
-    store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
-                          clip=judge.clip)
+    with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
+        if not args.store_dir:
+            records = load_captions(args.train_annot_path, args.train_img_path)
+            return embed_photos(replace(judge, inception=None), [r.path for r in records],
+                                "train", notes).embed
+        store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
+                              clip=judge.clip)
     return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
 
 
