@@ -25,7 +25,7 @@ from dalle2.config import PRESETS  # noqa: E402
 from dalle2.models import build_prior, list_blocks  # noqa: E402
 from dalle2.optimizer import build_optimizers  # noqa: E402
 from dalle2.sharding import shard  # noqa: E402
-from dalle2.train_loop import update_average  # noqa: E402
+from dalle2.train_state import update_average  # noqa: E402
 
 EMBED_DIM, BATCH_SIZE = 768, 2
 

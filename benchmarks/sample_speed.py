@@ -35,7 +35,7 @@ from dalle2.models import (  # noqa: E402
     build_stock_prior,
     build_unet,
 )
-from dalle2.sampling import sample_image_embed, sample_images  # noqa: E402
+from dalle2.sampling import build_stages, sample_image_embed, sample_images  # noqa: E402
 
 
 def main():
@@ -59,7 +59,7 @@ def main():
                 [build_unet(c, n, dim).to(device).eval() for n, c in enumerate(configs, start=1)])
 
     prior, unets = build_networks()
-    stock_networks = build_networks()
+    stages, stock_networks = build_stages(unets, configs), build_networks()
     stock_prior = build_stock_prior(stock_networks[0], preset.prior, dim).to(device)
     stock_prior.can_classifier_guidance = True  # its own flag, set where it trains itself
     stock_decoder = build_stock_decoder(stock_networks[1], configs).to(device)
@@ -110,7 +110,7 @@ def main():
         "(b) stock, equal steps": [(lambda: run_stock_prior(prior_steps, prior_scale), 1),
                                    (lambda: run_stock_decoder(own_steps, own_scales), 1)],
         "(c) ours": [(run_prior, 1),
-                     (lambda: sample_images(unets, configs, image_embed, range(batch)), 1)]}
+                     (lambda: sample_images(stages, image_embed, range(batch)), 1)]}
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, preset {args.preset}, "
           f"batch {batch}, steps {(prior_steps, *own_steps)}, medians of {args.rounds}")

@@ -1,108 +1,192 @@
-"""Which sampler, how many steps, how much guidance: attributes right against network calls, on the
-checkpoints of a quickstart.
+"""Which sampler, which spacing, how many steps: what each loses against many, on any checkpoints
+and the photos of a COCO captions file.
 
-The base stage draws held-out pictures from their true embeddings; they are enlarged and judged
-(data/toy_coco.py). A guided step is two calls. Writes samplers.png and guidance.png as well.
+Prior, base stage and upsamplers are sampled one by one, from the same noise with each setting: the
+prior from true captions, the base stage from the photos' embeddings, an upsampler from the photos
+themselves, made as small as the stage before gives them. The reference is DPM-Solver++ with
+--reference_steps steps, evenly spaced in log-SNR. Printed are, for the prior, the relative
+difference of its embedding; for pictures in [0, 1] the RMSE and the amplitude in four octaves of
+rising frequency (cycles a pixel), divided by the reference's; its own is printed above the table,
+divided by the photos'. Writes samplers.png, the errors against the steps.
 
-    python benchmarks/sampler_sweep.py --run output/quickstart --output_dir benchmarks
+    python benchmarks/sampler_sweep.py --prior_ckpt P --decoder_ckpt D --test_img_path .. \\
+        --test_annot_path .. --output_dir benchmarks
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import toy_coco  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from torchvision.transforms.v2 import functional as TF  # noqa: E402
 
-from dalle2.clip import load_clip  # noqa: E402
-from dalle2.images import load_image, resize, to_uint8  # noqa: E402
-from dalle2.models import load_decoder  # noqa: E402
-from dalle2.render import list_coco_jobs  # noqa: E402
-from dalle2.sampling import sample_images  # noqa: E402
+from dalle2 import cli  # noqa: E402
+from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
+from dalle2.images import load_image, resize  # noqa: E402
+from dalle2.pipeline import add_checkpoint_flags, load_pipeline  # noqa: E402
+from dalle2.render import list_coco_captions  # noqa: E402
+from dalle2.sampling import (  # noqa: E402
+    SAMPLERS,
+    Level,
+    SampleOptions,
+    build_denoiser,
+    build_prior_denoiser,
+    compute_levels,
+    condition_upsampler,
+    draw_part,
+)
+from dalle2.validation import compute_recall  # noqa: E402
 
-STEPS = 5, 10, 20, 50, 125
-SCALES = 1.0, 1.5, 2.0, 3.0, 5.0
+SETTINGS = [("ddim", "timestep"), ("dpmpp_2m", "timestep"), ("ddim", "log-SNR"),
+            ("dpmpp_2m", "log-SNR")]  # sampler, what its levels are evenly spaced in
+BANDS = 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2  # cycles a pixel
+CANDIDATES = 1, 2, 4
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="output/quickstart")
-    parser.add_argument("--output_dir", default="benchmarks")
-    parser.add_argument("--num_images", type=int, default=96)
-    args = parser.parse_args()
-    run, out = Path(args.run), Path(args.output_dir)
-    annot_path = run / "toy_coco" / "captions_val.json"
-    jobs = list_coco_jobs(annot_path, run / "toy_coco" / "val", 0, args.num_images)
-    truth = toy_coco.load_attributes(annot_path)
-    wanted = [truth[job["image_id"]] for job in jobs]
-    clip = load_clip("", str(run / "clip" / "clip.safetensors"))
-    embeds = torch.cat([clip.embed_image(load_image(job["photo"])[None]) for job in jobs])
-    unets, configs, _ = load_decoder(run / "decoder" / "decoder.safetensors")
+    args = parse_args()
+    pipeline = load_pipeline(args, cli.pick_device())
+    device = pipeline.clip.device
+    captions, _, paths = zip(*list_coco_captions(args.test_annot_path, args.test_img_path))
+    seeds = list(range(args.num_images))
+    photos = torch.stack([load_image(path) for path in paths[:args.num_images]]).to(device)
+    text = pipeline.embed_captions(captions)
+    config, found = pipeline.prior.config, {}
+    found["prior"] = sweep(
+        "prior", args, build_prior_denoiser(pipeline.prior.network, *text, config.cond_scale),
+        draw_part(range(len(paths)), text[0].shape[1:], device, "prior"),
+        Diffusion(config.timesteps, config.beta_schedule), config.discrete_time, score_embeds)
+    for stage in pipeline.stages:
+        number, config = stage.unet_number, stage.config
+        true = resize(photos, config.image_size) / 255
+        condition = {"image_embed": pipeline.embed_images(photos)} if number == 1 else \
+            condition_upsampler(
+                resize(photos, pipeline.stages[number - 2].config.image_size) / 255,
+                config.image_size, config.lowres_noise_level,
+                draw_part(seeds, true.shape[1:], device, "lowres", number))
+        denoise = build_denoiser(stage.unet, config, condition, config.cond_scale)
+        found[f"unet {number}"] = sweep(
+            f"unet {number}, {config.image_size} px, cond_scale {config.cond_scale:g}", args,
+            denoise, draw_part(seeds, true.shape[1:], device, "unet", number),
+            build_diffusion(config, "cpu"), False,
+            lambda x, reference, true=true: score_pictures(x, reference, true))
+    plot(Path(args.output_dir) / "samplers.png", args.steps, found)
+    compare_candidates(pipeline, paths, text)
 
-    def judge(**options):
-        """Share of all attributes right."""
-        images = torch.cat([sample_images([unets[1]], [configs[1]], part, [
-            1000 * number + row for row in range(len(part))], **options)
-            for number, part in enumerate(embeds.split(16))])
-        pictures = [TF.to_pil_image(to_uint8(resize(image, 128))) for image in images]
-        return toy_coco.compute_accuracy(toy_coco.map_check(pictures, wanted))["all"]
 
-    def compute_diversity(**options):
-        """Mean standard deviation of a pixel over four seeds, of the first 16 pictures."""
-        draws = torch.stack([sample_images([unets[1]], [configs[1]], embeds[:16],
-                                           range(s, s + 16), **options)
-                             for s in (0, 1000, 2000, 3000)])
-        return draws.std(0).mean().item()
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    add_checkpoint_flags(parser)
+    parser.add_argument("--test_img_path", required=True, help="picture folder")
+    parser.add_argument("--test_annot_path", required=True, help="COCO captions file")
+    parser.add_argument("--num_images", type=int, default=16, help="of the two decoder stages")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 12, 16, 25, 50])
+    parser.add_argument("--reference_steps", type=int, default=200)
+    parser.add_argument("--output_dir", default="benchmarks", help="where samplers.png goes")
+    return parser.parse_args()
 
-    print(f"{len(jobs)} held-out pictures, base stage, guidance {configs[1].cond_scale}\n")
-    print("| sampler | " + " | ".join(f"{2 * n} calls" for n in STEPS) + " |")
-    print("|---" * (len(STEPS) + 1) + "|")
+
+# ----------------------------------------------------------------------------------------------
+# the sweep
+
+
+@torch.no_grad()
+def sweep(title, args, denoise, x_t, diffusion, discrete_time, score):
+    """Prints a table. Returns {"sampler, spacing": errors, one a number of steps}."""
+    def sample(sampler, spacing, steps):
+        levels = compute_even_levels(diffusion, steps) if spacing == "timestep" \
+            else compute_levels(diffusion, steps, discrete_time)
+        return SAMPLERS[sampler](denoise, x_t, levels)
+    reference = sample("dpmpp_2m", "log-SNR", args.reference_steps)
+    note, columns, _ = score(reference, reference)
+    print(f"\n{title}; {len(x_t)} rows; the reference: {note}\n\n"
+          f"| sampler | spacing | steps | {columns} |\n|---|---|" + "---:|" * (1 + len(
+              columns.split("|"))))
     found = {}
-    for sampler in ("ddim", "dpmpp_2m", "ddpm"):
-        found[sampler] = [judge(sampler=sampler, sample_timesteps=n) for n in STEPS]
-        print(f"| {sampler} | " + " | ".join(f"{100 * x:.1f}" for x in found[sampler]) + " |",
-              flush=True)
-    reference = judge(sampler="ddim", sample_timesteps=250)
-    print(f"\nddim, 250 steps (500 calls): {100 * reference:.1f}\n")
-    print("| guidance | all attributes | diversity |\n|---|---|---|")
-    guidance = []
-    for scale in SCALES:
-        guidance.append((judge(cond_scale=scale), compute_diversity(cond_scale=scale)))
-        print(f"| {scale} | {100 * guidance[-1][0]:.1f} | {guidance[-1][1]:.4f} |", flush=True)
-    plot(out, found, reference, guidance)
-    (out / "sampler_sweep.json").write_text(json.dumps(
-        {"steps": STEPS, "accuracy": found, "ddim_250": reference, "scales": SCALES,
-         "guidance": guidance}))
+    for sampler, spacing in SETTINGS:
+        errors = found[f"{sampler}, {spacing}"] = []
+        for steps in [*args.steps, args.reference_steps]:
+            if (sampler, spacing, steps) == ("dpmpp_2m", "log-SNR", args.reference_steps):
+                continue
+            *_, (error, *rest) = score(sample(sampler, spacing, steps), reference)
+            errors.append(error)
+            print(f"| {sampler} | {spacing} | {steps} | {error:.4f}"
+                  + "".join(f" | {value:.2f}" for value in rest) + " |", flush=True)
+    return found
 
 
-def plot(out, found, reference, guidance):
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for sampler, accuracy in found.items():
-        axes.plot([2 * n for n in STEPS], [100 * x for x in accuracy], marker="o", label=sampler)
-    axes.axhline(100 * reference, color="gray", linestyle=":", label="ddim, 500 calls")
-    axes.set(xscale="log", xlabel="network calls of the base stage",
-             ylabel="attributes right, %")
-    axes.grid(alpha=0.3)
+def compute_even_levels(diffusion, sample_timesteps):
+    """Levels evenly spaced in the timestep, the last of training and the first among them."""
+    times = torch.linspace(diffusion.timesteps - 1, 0, sample_timesteps).round().long().tolist()
+    return [*(Level(t, diffusion.alpha[t].item(), diffusion.sigma[t].item()) for t in times),
+            Level(-1, 1.0, 0.0)]
+
+
+def score_embeds(x, reference):
+    """(note, columns, [relative difference of x (B, D) to the reference])."""
+    x, reference = F.normalize(x, dim=-1), F.normalize(reference, dim=-1)
+    return "unit norm", "relative difference", [(x - reference).norm() / reference.norm()]
+
+
+def score_pictures(x, reference, true):
+    """(note, columns, [RMSE, amplitude in each band]) of x (B, 3, H, W) in [-1, 1] against the
+    reference; true: the photos in [0, 1]."""
+    image, reference = ((part.clamp(-1, 1) + 1) / 2 for part in (x, reference))
+    own = compute_amplitudes(reference)
+    note = "amplitudes of " + " ".join(f"{x:.2f}" for x in own / compute_amplitudes(true))
+    columns = ["RMSE", *(f"1/{1 / low:.0f} to 1/{1 / high:.0f}"
+                         for low, high in zip(BANDS, BANDS[1:]))]
+    rmse = (image - reference).square().mean().sqrt()
+    return note, " | ".join(columns), [rmse, *(compute_amplitudes(image) / own)]
+
+
+def compute_amplitudes(image):
+    """(4,) root mean square amplitude of image (B, 3, H, W) in each of BANDS."""
+    size = image.shape[-1]
+    power = torch.fft.fft2(image).abs().square().mean((0, 1))                      # (H, W)
+    axis = torch.fft.fftfreq(size, device=image.device)
+    frequency = (axis[:, None].square() + axis.square()).sqrt()                    # (H, W)
+    return torch.stack([power[(low <= frequency) & (frequency < high)].mean().sqrt()
+                        for low, high in zip(BANDS, BANDS[1:])])
+
+
+def plot(path, steps, found):
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    for axes, (name, curves) in zip(figure.subplots(1, len(found)), found.items()):
+        for label, errors in curves.items():
+            axes.plot(steps, [float(error) for error in errors[:len(steps)]], marker="o",
+                      label=label)
+        axes.set(xscale="log", yscale="log", xlabel="steps", title=name,
+                 ylabel="relative difference" if name == "prior" else "RMSE")
+        axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out / "samplers.png", dpi=80)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    accuracy, diversity = zip(*guidance)
-    axes.plot(diversity, [100 * x for x in accuracy], marker="o")
-    for scale, x, y in zip(SCALES, diversity, accuracy):
-        axes.annotate(f"{scale:g}", (x, 100 * y), xytext=(5, 5), textcoords="offset points")
-    axes.set(xlabel="diversity: standard deviation of a pixel over seeds",
-             ylabel="attributes right, %", title="guidance of the base stage")
-    axes.grid(alpha=0.3)
-    figure.savefig(out / "guidance.png", dpi=80)
+    figure.savefig(path, dpi=80)
+
+
+# ----------------------------------------------------------------------------------------------
+# candidates of the prior
+
+
+def compare_candidates(pipeline, paths, text):
+    """Prints what keeping the nearest of several embeddings gives, over all photos of the file."""
+    true = torch.cat([pipeline.embed_images(load_image(path)[None]) for path in paths])
+    print(f"\nprior, {len(paths)} captions, four seeds each\n\n| candidates | cosine to the photo "
+          "| to the caption | R@1 | R@5 | R@10 |\n|---:|---:|---:|---:|---:|---:|")
+    for count in CANDIDATES:
+        rows = []
+        for seed in range(4):
+            embed = pipeline.prior.sample(
+                *text, range(seed * len(paths), (seed + 1) * len(paths)),
+                SampleOptions(num_candidates=count))
+            recall = compute_recall(embed, true, (1, 5, 10))
+            rows.append([(embed * true).sum(-1).mean(), (embed * text[0]).sum(-1).mean(),
+                         *recall.values()])
+        print(f"| {count} | " + " | ".join(f"{x:.4f}" for x in torch.tensor(rows).mean(0)) + " |",
+              flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -30,7 +30,7 @@ from dalle2.data import Store, draw_indexes  # noqa: E402
 from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
 from dalle2.rng import BatchRandom  # noqa: E402
-from dalle2.train_loop import TrainState  # noqa: E402
+from dalle2.train_state import TrainState  # noqa: E402
 
 DIM, TOKENS, SIDE = 128, 13, 32
 BATCH_SIZES = 16, 32, 64, 128

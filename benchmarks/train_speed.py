@@ -45,7 +45,7 @@ from dalle2.config import PRESETS  # noqa: E402
 from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.fast_modules import restore_modules  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
-from dalle2.train_loop import TrainState  # noqa: E402
+from dalle2.train_state import TrainState  # noqa: E402
 
 EMBED_DIM = 768       # of ViT-L/14
 CAPTION_TOKENS = 13   # the mean of COCO

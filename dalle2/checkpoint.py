@@ -21,7 +21,8 @@ _CLIP = {"clip_model": str, "clip_pretrained": str, "relative_path": str, "finge
 HEADERS = {  # what a header must hold, by the kind of its export; more may be there
     "clip": {"config": dict},
     "prior": {"config": dict, "embed_dim": int, "clip": _CLIP},
-    "decoder": {"embed_dim": int, "clip": _CLIP, "stages": list}}
+    "decoder": {"embed_dim": int, "clip": _CLIP, "stages": list},
+    "snapshot": {"step": int, "sigma_rel": float}}
 
 
 def save_checkpoint(folder, state, must=False, keep=2):
@@ -37,23 +38,24 @@ def save_checkpoint(folder, state, must=False, keep=2):
     except (OSError, RuntimeError) as error:
         path.with_name(path.name + ".part").unlink(missing_ok=True)
         left = sorted(folder.glob("step_*.pt"))
-        told = (f"{path} could not be written ({str(error).splitlines()[0]}); the last good "
+        message = (f"{path} could not be written ({str(error).splitlines()[0]}); the last good "
                 f"checkpoint is {left[-1].name if left else 'none'}")
         if must:
-            raise UserError(f"{told}; make room and run the same command", "output_dir") from error
-        tqdm.write(f"warning: {told}")
+            raise UserError(f"{message}; make room and run the same command",
+                            "output_dir") from error
+        tqdm.write(f"warning: {message}")
         return
     for path in sorted(folder.glob("step_*.pt"))[:-keep]:
         path.unlink()
 
 
 def load_newest_checkpoint(folder):
-    """The newest checkpoint in `folder` that loads, or None. A damaged one is passed over."""
+    """The newest checkpoint in `folder` that loads, or None. A damaged one is skipped."""
     for path in sorted(Path(folder).glob("step_*.pt"), reverse=True):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            print(f"warning: {path} is damaged and passed over ({str(error).splitlines()[0]})")
+            print(f"warning: {path} is damaged and skipped ({str(error).splitlines()[0]})")
     return None
 
 
@@ -95,8 +97,8 @@ def read_export_header(path, kind):
 
 
 def check_header(header, wanted, prefix=""):
-    """Raises UserError naming the first field of `header` that is not there or cannot be of the
-    type in `wanted`."""
+    """Raises UserError naming the first field of `header` that is missing or not of the type
+    in `wanted`."""
     if not isinstance(header, dict):
         raise UserError(f"{header!r:.40} in its header is no object with fields")
     for name, kind in wanted.items():

@@ -76,7 +76,7 @@ def add_data_flags(parser):
     data.add_argument("--val_annot_path", help="COCO captions file; an empty string: no validation",
                       default=f"{DATA_DIR}/annotations/captions_val2014.json")
     data.add_argument("--num_val_images", type=at_least(1), default=512,
-                      help="validate on the first so many pictures")
+                      help="pictures to validate on, the first ones of the file")
     data.add_argument("--store_dir", default=STORE_DIR,
                       help="where pictures and embeddings are kept, prepared once")
 
@@ -95,7 +95,8 @@ def add_train_flags(parser, kind, output_dir):
     """The flags of a training script: where, from what, and a flag for every field of the config
     class `kind` and of its training."""
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
+    run.add_argument("--output_dir", default=output_dir,
+                     help="run folder; a run that is in it is resumed")
     run.add_argument("--preset", default="base", choices=list(PRESETS),
                      help="sizes and hyper-parameters, a row of dalle2/config.py")
     run.add_argument("--config", help="start from this config.json of a run in place of the "
@@ -188,7 +189,7 @@ def print_plan(title, config, origins, module, pictures):
 
 
 def check_data(args):
-    """Raises UserError where the data that the flags name is not there; reads nothing large."""
+    """Raises UserError where the data that the flags name does not exist; reads nothing large."""
     for split in ("train", "val"):
         annot, images = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
         if split == "val" and not annot:
@@ -208,8 +209,8 @@ def count_pictures(args):
 
 
 def open_stores(args, clip=None, **options):
-    """(train Store, val Store or None), prepared now where they are not there yet; `options` are
-    those of prepare_store."""
+    """(train Store, val Store or None), prepared now if they do not exist; `options` are those of
+    prepare_store."""
     from dalle2.prepare import prepare_store
     stores = [None, None]
     for number, (split, max_images) in enumerate((("train", None), ("val", args.num_val_images))):
@@ -273,6 +274,6 @@ def build_accelerator(mixed_precision):
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False,
                               cpu=not torch.cuda.is_available())
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed are not used here; --fsdp "
-                        "shares the network out among the processes of any other launch")
+        raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed plugins are not supported; "
+                        "--fsdp shards the network among the processes of any other launch")
     return accelerator

@@ -27,7 +27,8 @@ class FrozenClip:
     """A CLIP that only embeds. Build it with `load_clip`, or around a model one trains.
 
     embed_dim: D, the size of its embeddings. image_size, mean, std, interpolation, resize_mode: the
-    pictures it was trained on, as the model's own config says; OpenAI's for a CLIP of one's own.
+    pictures it was trained on, as the model's own config says; OpenAI's for one that train_clip.py
+    trained.
     """
 
     def __init__(self, model, tokenizer):
@@ -155,7 +156,7 @@ def _build_channels(values, device):
 
 
 def build_clip(config: ClipConfig):
-    """A CLIP of one's own: open_clip's model class with a ResNet image tower, untrained."""
+    """An untrained small CLIP: open_clip's model class with a ResNet image tower."""
     model = open_clip.CLIP(
         config.embed_dim,
         dict(image_size=config.image_size, width=config.vision_width, head_width=32,

@@ -59,7 +59,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """A small CLIP of one's own (open_clip's model class, ResNet image tower)."""
+    """A small CLIP that train_clip.py trains (open_clip's model class, ResNet image tower)."""
 
     embed_dim: int = setting(help="size D of an embedding, and width of the text tower: the prior "
                              "needs them equal")
@@ -84,7 +84,8 @@ class PriorConfig:
     max_text_len: int = setting(help="text positions (99.9 % of COCO's captions have at most 31 "
                                 "tokens); longer captions are cut, their end token kept")
     normformer: bool = setting(False, help="one more norm in each layer, as in LAION's prior")
-    discrete_time: bool = setting(False, help="a learned vector for each timestep, likewise")
+    discrete_time: bool = setting(False, help="a learned vector for each timestep, as in "
+                                  "LAION's prior")
     timesteps: int = setting(1000, most=10 ** 6, help="timesteps of the diffusion process")
     beta_schedule: str = setting("cosine", choices=("cosine", "linear"), help="noise schedule")
     text_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the captions that "
@@ -195,30 +196,30 @@ PRESETS = {
         prior=PriorConfig(depth=6, heads=12, max_text_len=32,
                           train=TrainConfig(num_steps=100_000, batch_size=256, lr=1.1e-4,
                                             weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
-                                            snapshot_every=10_000)),
+                                            snapshot_every=5_000)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=96, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=200_000, batch_size=128, lr=1.2e-4,
-                                         snapshot_every=20_000)),
+                                         snapshot_every=10_000)),
             UnetConfig(image_size=256, dim=32, dim_mults=(1, 2, 4, 8), crop_size=64,
                        train=TrainConfig(num_steps=100_000, batch_size=128, lr=1.2e-4,
-                                         snapshot_every=10_000))))),
+                                         snapshot_every=5_000))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32,
                           train=TrainConfig(num_steps=150_000, batch_size=1024, lr=1.1e-4,
                                             weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
-                                            snapshot_every=15_000)),
+                                            snapshot_every=7_500)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=128, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4,
-                                         snapshot_every=30_000)),
+                                         snapshot_every=15_000)),
             UnetConfig(image_size=256, dim=64, dim_mults=(1, 2, 4, 8), crop_size=64,
                        train=TrainConfig(num_steps=150_000, batch_size=512, lr=1.2e-4,
-                                         snapshot_every=15_000))))),
+                                         snapshot_every=7_500))))),
     # the sizes of the older repositories, to compare with them
     "seed": Preset(
         clip=_BASE_CLIP,
@@ -273,7 +274,7 @@ def config_to_dict(config):
 
 
 def config_from_dict(kind, values):
-    """The dataclass `kind` from what `config_to_dict` made, possibly by way of JSON.
+    """The dataclass `kind` from what `config_to_dict` made, possibly through JSON.
 
     Raises UserError on an unknown or a missing field and on a value of another type.
     """

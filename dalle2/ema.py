@@ -26,8 +26,8 @@ NEGLIGIBLE = 1e-6       # weight of a snapshot that is not read
 
 
 class PowerAverages:
-    """Power-function averages of the trained parameters of `module`, on its device, or shared out
-    among the processes as they are. Build it where the parameters are in their final place."""
+    """Power-function averages of the trained parameters of `module`, on its device, sharded among
+    the processes if they are. Build it where the parameters are in their final place."""
 
     def __init__(self, module, sigma_rels=SIGMA_RELS):
         named = [(name, param) for name, param in module.named_parameters(remove_duplicate=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,15 @@ def build_once(folder, source, build):
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
     return folder
+
+
+def compute_digest(path):
+    """First 16 hexadecimal digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -1,16 +1,18 @@
 """`index.html`: rendered pictures beside their captions, true photos and nearest training pictures.
-One file, no server, no network."""
+One file, no server, no network. `grid.jpg`: the first pictures in one."""
 
 import html
 import io
 import os
 from base64 import b64encode
+from pathlib import Path
 from urllib.parse import quote
 
+import torch
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2.files import replace_file
-from dalle2.images import load_image, resize
+from dalle2.images import arrange, load_image, resize, save_jpeg
 
 MAX_SHOWN = 2000  # pictures on the page; the manifest names all
 SETTINGS = "cond_scale", "prior_cond_scale", "sample_timesteps", "sampler", "seed"
@@ -73,7 +75,7 @@ def write_gallery(path, entries, settings, photos, nearest=None):
     shown = entries[:MAX_SHOWN]
     figures = "\n".join(_figure(number, entry, photo, near) for number, (entry, photo, near) in
                         enumerate(zip(shown, photos, nearest or [None] * len(entries))))
-    told = ", ".join(f"{name} {value}" for name, value in settings.items() if name in SETTINGS)
+    summary = ", ".join(f"{name} {value}" for name, value in settings.items() if name in SETTINGS)
     options = "".join(f'<option value="{value}">{text}</option>' for value, text in (
         ("number 1", "in order"), ("score -1", "best CLIP score first"),
         ("score 1", "worst CLIP score first"),
@@ -84,7 +86,7 @@ def write_gallery(path, entries, settings, photos, nearest=None):
 <header><h1>{len(shown)} of {len(entries)} rendered captions</h1>
 <form><input type="search" placeholder="filter by words" aria-label="filter by words">
 <select aria-label="order">{options}</select><output></output></form>
-<small>{html.escape(told)}</small></header>
+<small>{html.escape(summary)}</small></header>
 <main>{figures}</main><dialog><img alt=""><p></p></dialog><script>{SCRIPT}</script></html>
 """
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
@@ -112,3 +114,10 @@ def _small(title, image):
     TF.to_pil_image(image).save(buffer, "JPEG", quality=80, subsampling=0)
     return (f'<div><small>{title}</small><img alt="{title}" '
             f'src="data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"></div>')
+
+
+def write_grid(output_dir, entries, samples_per_prompt):
+    """`grid.jpg` of the first 64 pictures at 128 px, the samples of a prompt in one row."""
+    pictures = [load_image(Path(output_dir) / entry["file"], 128) / 255 for entry in entries[:64]]
+    columns = samples_per_prompt if samples_per_prompt > 1 else 8
+    save_jpeg(arrange(torch.stack(pictures), columns), Path(output_dir) / "grid.jpg")

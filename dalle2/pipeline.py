@@ -2,17 +2,21 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dalle2.clip import FrozenClip, load_clip
-from dalle2.config import PriorConfig, UnetConfig
 from dalle2.errors import UserError, rename_argument
+from dalle2.files import compute_digest
 from dalle2.models import load_decoder, load_prior
-from dalle2.sampling import GROUP, SAMPLER, call_in_groups, sample_image_embed, sample_images
+from dalle2.rowwise import in_groups
+from dalle2.sampling import Prior, SampleOptions, Stage, build_stages, sample_images
 
 
 def add_checkpoint_flags(parser):
@@ -28,17 +32,26 @@ def add_checkpoint_flags(parser):
                        help="the networks by torch.compile, after a minute or two at the start")
 
 
+class Sample(NamedTuple):
+    """Pictures and what they were drawn from: row by row, one a caption."""
+
+    image: torch.Tensor        # (B, 3, H, W) in [0, 1]
+    image_embed: torch.Tensor  # (B, D), unit norm
+    text_embed: torch.Tensor   # (B, D), unit norm
+
+
 @dataclass
 class Pipeline:
-    """What `load_pipeline` gives. Every method takes one seed a row, and a row depends on its own
-    seed, caption or embedding alone: on a CPU to the last bit, on a GPU up to rounding."""
+    """What `load_pipeline` gives. A row that its functions return depends on its own seed, caption,
+    picture or embedding alone: on a CPU to the last bit, on a GPU up to rounding."""
 
     clip: FrozenClip
-    prior: torch.nn.Module
-    prior_config: PriorConfig
-    unets: list             # networks, first stage first
-    unet_configs: list[UnetConfig]
+    embed_text: Callable    # text_tokens (B, L) -> text_embed (B, D), text_encodings (B, L, D)
+    embed_images: Callable  # (B, 3, H, W), float in [0, 1] or uint8 -> image_embed (B, D)
+    prior: Prior
+    stages: list[Stage]     # of the decoder, first stage first
     header: dict            # of the prior's export
+    files: dict             # {"prior": path, "decoder": path}
     precision: str = "no"   # or "bf16", "fp16": what use_precision stands for
 
     @contextlib.contextmanager
@@ -57,63 +70,63 @@ class Pipeline:
     def embed_captions(self, captions):
         """list of B strings -> text_embed (B, D), unit norm, and text_encodings (B, L, D), as the
         prior has been trained on them."""
-        groups = [[caption] for caption in captions] if self.clip.device.type == "cpu" \
-            else [captions]
-        return tuple(map(torch.cat, zip(*map(self._embed_group, groups))))
+        return self.embed_text(self.clip.tokenize(captions).to(self.clip.device))
 
-    def _embed_group(self, captions):
-        text_tokens = self.clip.tokenize(captions)
-        text_embed, text_encodings = self.clip.embed_text(text_tokens)
-        return text_embed, fit_text_encodings(text_encodings, text_tokens, self.clip,
-                                              self.prior_config.max_text_len)
+    def sample(self, captions, seeds, options, images=None):
+        """The Sample of B captions, one int of `seeds` each. options: of `resolve_options`;
+        images (B, 3, H, W): pictures whose embeddings are drawn from in place of the prior's."""
+        text_embed, text_encodings = self.embed_captions(captions)
+        image_embed = self.embed_images(images) if images is not None else \
+            self.prior.sample(text_embed, text_encodings, seeds, options[0])
+        image = sample_images(self.stages, image_embed, seeds, options[1:])
+        return Sample(image, image_embed, text_embed)
 
-    def sample_image_embed(self, captions, seeds, *, prior_cond_scale=None, sample_timesteps=None,
-                           num_candidates=None, sampler=SAMPLER):
-        """image_embed (B, D), unit norm, that the prior draws for the captions."""
-        def sample(text_embed, text_encodings, seeds):
-            return sample_image_embed(self.prior, self.prior_config, text_embed, text_encodings,
-                                      seeds.tolist(), cond_scale=prior_cond_scale,
-                                      sample_timesteps=sample_timesteps,
-                                      num_candidates=num_candidates, sampler=sampler)
-        return call_in_groups(sample, GROUP, *self.embed_captions(captions), torch.tensor(seeds))
+    def resolve_options(self, *, cond_scale=None, prior_cond_scale=None, sample_timesteps=None,
+                        lowres_noise_level=None, **options):
+        """[SampleOptions of the prior, and of each stage], the configs' numbers in place of None.
 
-    def sample_images(self, image_embed, seeds, **options):
-        """image (B, 3, H, W) in [0, 1] of image_embed (B, D); options: of
-        `dalle2.sampling.sample_images`."""
-        return sample_images(self.unets, self.unet_configs, image_embed, seeds, **options)
-
-    def embed_images(self, images):
-        """images (B, 3, H, W), float in [0, 1] or uint8 -> image_embed (B, D), unit norm."""
-        return call_in_groups(self.clip.embed_image, 1, images)
-
-    def resolve_timesteps(self, sample_timesteps):
-        """[the prior's steps, each stage's] of what --sample_timesteps holds: one number for all, a
-        number each, or None for the configs'. Raises UserError on another count, or more steps than
-        were trained."""
-        configs = [self.prior_config, *self.unet_configs]
-        given = list(sample_timesteps or [None])
-        given = given * len(configs) if len(given) == 1 else given
-        if len(given) != len(configs):
+        cond_scale: of the decoder; sample_timesteps: one number for all, or the prior's and each
+        stage's; options: SampleOptions' further fields. Raises UserError on another count of
+        sample_timesteps, or on more steps or noise than were trained with.
+        """
+        configs = [self.prior.config, *(stage.config for stage in self.stages)]
+        steps = list(sample_timesteps or [None])
+        steps = steps * len(configs) if len(steps) == 1 else steps
+        if len(steps) != len(configs):
             raise UserError(f"one number, or {len(configs)}: the prior's and "
-                            f"those of {len(self.unets)} stages", "sample_timesteps")
-        steps = [n or config.sample_timesteps for n, config in zip(given, configs)]
-        for number, config in zip(steps, configs):
-            if number > config.timesteps:
-                raise UserError(f"{number} is more than the "
-                                f"{config.timesteps} of training", "sample_timesteps")
-        return steps
+                            f"those of {len(self.stages)} stages", "sample_timesteps")
+        scales = [prior_cond_scale, *[cond_scale] * len(self.stages)]
+        filled = [SampleOptions(cond_scale=scale, sample_timesteps=n, **options,
+                                lowres_noise_level=lowres_noise_level).fill(config)
+                  for scale, n, config in zip(scales, steps, configs)]
+        for own, config in zip(filled, configs):
+            check_most(own.sample_timesteps, config.timesteps, "sample_timesteps")
+        for own, config in zip(filled[2:], configs[2:]):
+            if lowres_noise_level is not None:
+                check_most(own.lowres_noise_level, config.lowres_noise_max_level,
+                           "lowres_noise_level")
+        return filled
 
-    def resolve_lowres_noise_level(self, lowres_noise_level):
-        """[each upsampler's level] of --lowres_noise_level: one for all, or None for the configs'.
-        Raises UserError on more noise than was trained with."""
-        if lowres_noise_level is None:
-            return [config.lowres_noise_level for config in self.unet_configs[1:]]
-        for config in self.unet_configs[1:]:
-            if lowres_noise_level > config.lowres_noise_max_level:
-                raise UserError(f"{lowres_noise_level} is more than the "
-                                f"{config.lowres_noise_max_level} of training",
-                                "lowres_noise_level")
-        return [lowres_noise_level] * len(self.unet_configs[1:])
+    @cached_property
+    def digests(self):
+        return {f"{name}_sha256": compute_digest(path) for name, path in self.files.items()}
+
+    def describe_settings(self, options):
+        """What a picture depends on besides its caption and seed, as JSON: the checkpoints, their
+        CLIP, the precision, and options of `resolve_options`."""
+        prior, first, *later = options
+        return {"cond_scale": first.cond_scale, "prior_cond_scale": prior.cond_scale,
+                "sample_timesteps": [own.sample_timesteps for own in options],
+                "sampler": first.sampler, "num_candidates": prior.num_candidates,
+                "lowres_noise_level": [own.lowres_noise_level for own in later],
+                "thresholding": first.thresholding, **self.digests, "clip": self.header["clip"],
+                "mixed_precision": self.precision}
+
+
+def check_most(number, most, name):
+    """Raises UserError, naming the argument, where `number` is more than was trained with."""
+    if number > most:
+        raise UserError(f"{number} is more than the {most} of training", name)
 
 
 def load_pipeline(args, device, precision="no"):
@@ -131,12 +144,16 @@ def load_pipeline(args, device, precision="no"):
         raise UserError(f"stage {missing[0]} is not trained yet: "
                         f"sh scripts/train_decoder.sh --unet_number {missing[0]}", "decoder_ckpt")
     clip = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
-    networks = [prior.to(device), *(unets[n].to(device) for n in sorted(unets))]
+    numbers = sorted(unets)
+    networks = [prior.to(device), *(unets[n].to(device) for n in numbers)]
     if args.compile:
         for network in networks:
             network.compile()
-    return Pipeline(clip, prior, prior_config, networks[1:],
-                    [unet_configs[n] for n in sorted(unet_configs)], header, precision)
+    return Pipeline(
+        clip, in_groups(partial(embed_text, clip, prior_config.max_text_len), 1),
+        in_groups(clip.embed_image, 1), Prior(networks[0], prior_config),
+        build_stages(networks[1:], [unet_configs[n] for n in numbers]), header,
+        {"prior": args.prior_ckpt, "decoder": args.decoder_ckpt}, precision)
 
 
 def load_matching_clip(args, recorded, decoder_recorded, device):
@@ -158,6 +175,12 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
                         f"checkpoints were trained with ({recorded['fingerprint']})",
                         "clip_pretrained")
     return clip
+
+
+def embed_text(clip, max_text_len, text_tokens):
+    """text_tokens (B, L) -> text_embed (B, D) and text_encodings (B, max_text_len, D)."""
+    text_embed, text_encodings = clip.embed_text(text_tokens)
+    return text_embed, fit_text_encodings(text_encodings, text_tokens, clip, max_text_len)
 
 
 def fit_text_encodings(text_encodings, text_tokens, clip, max_text_len):

@@ -1,6 +1,6 @@
 """Makes the prepared store: every photo decoded once, every photo and caption embedded once.
 
-Killed at any moment, the same call goes on where it was and ends with the same bytes.
+Killed at any moment, the same call resumes and ends with the same bytes.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ IMAGES_A_STEP, CAPTIONS_A_STEP, BATCH_SIZE = 256, 4096, 256
 
 def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None,
                   image_format=None, strict=False, num_workers=None, progress=True):
-    """The Store of a picture folder and its captions file, made where it is not there yet.
+    """The Store of a picture folder and its captions file, made if it does not exist.
 
     clip: the FrozenClip to embed with; None leaves the embeddings out. max_images: how many of
     the pictures, the first ones; None: all.
-    image_format: "uint8", or "jpeg" for a small disk; None: what is there, or uint8.
+    image_format: "uint8", or "jpeg" for a small disk; None: the format it has, or uint8.
     strict: a picture that cannot be read is a UserError instead of being left out.
     """
     records = load_captions(annot_path, img_path, max_images)
@@ -73,13 +73,14 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
     image_format = find_image_format(folder) or image_format or "uint8"
     name = f"images.{image_format}"
     files = GrowingFiles(folder, [name])
-    told = [word for note in files.notes for word in note]  # a picture: its size, or what is wrong
-    announce(folder, f"{len(records)} pictures", (len(records) - len(told))
+    outcomes = [entry for note in files.notes for entry in note]  # sizes, or what is wrong
+    announce(folder, f"{len(records)} pictures", (len(records) - len(outcomes))
              * BYTES_A_PICTURE[image_format], progress)
-    chunks = [records[i:i + IMAGES_A_STEP] for i in range(len(told), len(records), IMAGES_A_STEP)]
+    chunks = [records[i:i + IMAGES_A_STEP]
+              for i in range(len(outcomes), len(records), IMAGES_A_STEP)]
     read = partial(_read_picture, image_format=image_format)
     with ThreadPoolExecutor(num_workers) as pool, _one_thread(), \
-            _show(len(records), len(told), "decoding", " pictures", progress) as bar:
+            _show(len(records), len(outcomes), "decoding", " pictures", progress) as bar:
         ahead = pool.map(read, chunks[0]) if chunks else None
         for number, chunk in enumerate(chunks, start=1):
             results = ahead
@@ -94,11 +95,11 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
                 note.append(reason or len(block))
                 bar.update()
             files.append({name: b"".join(blocks)}, note)
-            told += note
-    kept = [(record, word) for record, word in zip(records, told) if isinstance(word, int)]
+            outcomes += note
+    kept = [(record, size) for record, size in zip(records, outcomes) if isinstance(size, int)]
     if not kept:
         raise UserError(f"none of {len(records)} pictures could be read, such as "
-                        f"{records[0].path} ({told[0]})")
+                        f"{records[0].path} ({outcomes[0]})")
     if len(kept) < len(records):
         tqdm.write(f"warning: {len(records) - len(kept)} of {len(records)} pictures are left out")
     (folder / "images.json").write_text(json.dumps(

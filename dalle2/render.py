@@ -1,135 +1,237 @@
-"""Rendering many captions into a folder: batches, processes, and going on where it stopped."""
+"""Rendering many captions into a folder: what to render, batches, processes, going on where it
+stopped; the best of several, the nearest training pictures, the manifest."""
 
 import hashlib
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from dalle2.cli import add_precision_flag, at_least
 from dalle2.data import load_captions
-from dalle2.errors import UserError
+from dalle2.errors import UserError, rename_argument
+from dalle2.files import replace_file
 from dalle2.images import load_image, make_unique_stems, save_image
+from dalle2.prepare import prepare_store
+from dalle2.processes import join_processes, share_errors
 from dalle2.rng import derive_seed
+from dalle2.sampling import SAMPLER, SAMPLERS, THRESHOLDS
 
 
-def list_coco_jobs(annot_path, img_path, seed, num_images=None):
-    """A job for each of the first `num_images` pictures of a COCO captions file, in the order of
-    their ids: {"caption", "image_id", "photo", "seed"}. The caption is one of the picture's, always
-    the same one. Raises UserError naming --test_annot_path or --test_img_path."""
-    records = load_captions(annot_path, img_path, num_images)
-    return [{"caption": record.captions[derive_seed("caption", record.image_id)
-                                        % len(record.captions)],
-             "image_id": record.image_id, "photo": record.path,
-             "seed": derive_seed(seed, index) % 2 ** 31}
-            for index, record in enumerate(records)]
+@dataclass(frozen=True)
+class Job:
+    """One picture to render. image_id and photo, a path, are those of the caption's picture, where
+    it has one; file: its name in the output folder, .jpg or .png."""
+
+    caption: str
+    image_id: int | None
+    photo: Path | None
+    seed: int
+    file: str
+
+    def describe(self):
+        """What the manifest says of it."""
+        return {"file": self.file, "caption": self.caption, "image_id": self.image_id,
+                "seed": self.seed}
 
 
-def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_photos=False,
-                prior_options=None, options=None):
+# ----------------------------------------------------------------------------------------------
+# what to render, and how
+
+
+def add_caption_flags(parser):
+    """The flags that `list_captions` and `list_jobs` read."""
+    group = parser.add_argument_group("what to render")
+    group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered")
+    group.add_argument("--test_img_path", help="its pictures, for the gallery; needed by "
+                       "--init_from_true_embedding")
+    group.add_argument("--prompt", action="append", help="render this; may be repeated")
+    group.add_argument("--prompt_file", help="text file, a prompt a line")
+    group.add_argument("--num_images", type=at_least(1), default=50,
+                       help="render the first so many captions of the COCO file, one a picture")
+    group.add_argument("--samples_per_prompt", type=at_least(1), default=1)
+    group.add_argument("--rerank", action="store_true",
+                       help="keep the one of --samples_per_prompt with the best CLIP score")
+    group.add_argument("--init_from_true_embedding", action="store_true",
+                       help="feed the decoder the true photo's embedding, to see it without prior")
+
+
+def add_sample_flags(parser):
+    """The flags that `read_options` reads, and more of how pictures are rendered."""
+    group = parser.add_argument_group("how (None: what the checkpoints' configs say)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--cond_scale", type=at_least(0.0),
+                       help="guidance of the decoder, 1 is none")
+    group.add_argument("--prior_cond_scale", type=at_least(0.0),
+                       help="guidance of the prior, 1 is none")
+    group.add_argument("--sample_timesteps", type=at_least(1), nargs="+",
+                       help="sampling steps: one number, or the prior's and each stage's")
+    group.add_argument("--num_candidates", type=at_least(1), help="image embeddings that the "
+                       "prior samples a caption, of which the nearest to it is kept")
+    group.add_argument("--lowres_noise_level", type=at_least(0), help="noise on the picture that "
+                       "an upsampler enlarges, of 1000: the more, the more it invents")
+    group.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
+    add_precision_flag(group)
+    group.add_argument("--thresholding", choices=THRESHOLDS, default="static",
+                       help="of the decoder's estimates: clamped, or scaled a picture (Saharia "
+                       "2022)")
+    group.add_argument("--batch_size", type=at_least(1),
+                       help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
+
+
+def read_options(args, pipeline):
+    """[SampleOptions of the prior, and of each stage], filled, as the flags say."""
+    names = ("cond_scale", "prior_cond_scale", "sample_timesteps", "num_candidates",
+             "lowres_noise_level", "sampler", "thresholding")
+    return pipeline.resolve_options(**{name: getattr(args, name) for name in names})
+
+
+def list_captions(args):
+    """[(caption, image_id, photo)] of the prompts and of the COCO file that the flags name; a
+    prompt has neither image_id nor photo."""
+    captions = [(prompt, None, None) for prompt in list_prompts(args.prompt, args.prompt_file)]
+    for given, needed in (("test_annot_path", "test_img_path"),
+                          ("test_img_path", "test_annot_path")):
+        if getattr(args, given) and not getattr(args, needed):
+            raise UserError(f"needed with --{given}", needed)
+    if args.test_annot_path:
+        captions += list_coco_captions(args.test_annot_path, args.test_img_path, args.num_images)
+    if not captions:
+        raise UserError("nothing to render; give --prompt, --prompt_file or "
+                        "--test_annot_path with --test_img_path", "prompt")
+    if args.init_from_true_embedding and any(photo is None for _, _, photo in captions):
+        raise UserError("a prompt has no photo; give --test_annot_path "
+                        "and --test_img_path alone", "init_from_true_embedding")
+    return captions
+
+
+def list_prompts(prompt, prompt_file):
+    """The strings of --prompt, a list or None, and the non-empty lines of --prompt_file."""
+    prompts, lines = prompt or [], []
+    if prompt_file:
+        if not os.path.isfile(prompt_file):
+            raise UserError(f"no such file: {prompt_file}", "prompt_file")
+        lines = Path(prompt_file).read_text(encoding="utf-8").splitlines()
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty", "prompt")
+    return [text.strip() for text in [*prompts, *lines] if text.strip()]
+
+
+def list_coco_captions(annot_path, img_path, num_images=None):
+    """[(caption, image_id, photo)] of the first `num_images` pictures of a COCO captions file, in
+    the order of their ids. The caption is one of the picture's, always the same one. Raises
+    UserError naming --test_annot_path or --test_img_path."""
+    with rename_argument(annot_path="test_annot_path", img_path="test_img_path"):
+        records = load_captions(annot_path, img_path, num_images)
+    return [(record.captions[derive_seed("caption", record.image_id) % len(record.captions)],
+             record.image_id, record.path) for record in records]
+
+
+def list_jobs(captions, seed, samples_per_prompt=1):
+    """A Job for each of the samples of each of `captions`, of `list_captions`: named after the
+    caption, with a seed of its own."""
+    rows = [row for row in captions for _ in range(samples_per_prompt)]
+    stems = make_unique_stems([caption for caption, _, _ in rows])
+    return [Job(*row, seed=derive_seed(seed, index) % 2 ** 31, file=f"{stem}.jpg")
+            for index, (row, stem) in enumerate(zip(rows, stems))]
+
+
+# ----------------------------------------------------------------------------------------------
+# rendering
+
+
+def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=None,
+                from_photos=False):
     """Renders what `output_dir` does not hold yet; the processes of a launch share the work.
 
-    jobs: list of {"caption", "image_id", "photo", "seed"}, and "file" where it is not to be named
-    after its caption (.png or .jpg); settings: what the pictures depend on besides, as JSON:
-    pictures of other settings are rendered again; batch_size: None: 16 on a CPU, 256 on a GPU,
-    halved where its memory does not suffice; from_photos: from the embedding of the job's photo
-    instead of its caption's; prior_options, options: of Pipeline.sample_image_embed and
-    Pipeline.sample_images. Returns a list of {"file", "caption", "image_id", "seed",
+    settings: what the pictures depend on besides their Job, as JSON: pictures of other settings are
+    rendered again; options: of Pipeline.resolve_options; batch_size: None: 16 on a CPU, 256 on a
+    GPU, halved where its memory does not suffice; from_photos: from the embedding of the job's
+    photo instead of its caption's. Returns a list of {"file", "caption", "image_id", "seed",
     "clip_score"} in the order of `jobs`. Raises UserError, in all processes, where a picture is
     not finite; it is not saved.
     """
-    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
+    state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    stems = make_unique_stems([job["caption"] for job in jobs])
-    jobs = [{"file": f"{stem}.jpg", **job} for job, stem in zip(jobs, stems)]
     # one process looks: another may look later, when some of the work is done
     (done,) = broadcast_object_list(
         [read_records(output_dir, digest) if state.is_main_process else None])
-    todo = [job for job in jobs if get_key(job) not in done]
+    todo = [job for job in jobs if get_key(job.describe()) not in done]
     if len(todo) < len(jobs):
         state.print(f"{output_dir}: {len(jobs) - len(todo)} of {len(jobs)} rendered already")
-    share, entries, problem = todo[state.process_index::state.num_processes], [], None
+    share, entries = todo[state.process_index::state.num_processes], []
     size = batch_size or (16 if pipeline.clip.device.type == "cpu" else 256)
-    with open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
+    with share_errors(), \
+            open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
             tqdm(total=len(share), desc="rendering", unit=" pictures",
                  disable=not state.is_main_process or not todo,
                  mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        try:
-            for batch, images, scores in render_batches(pipeline, share, size, from_photos,
-                                                        prior_options or {}, options or {}):
-                for job, image, score in zip(batch, images, scores):
-                    save_image(image, output_dir / job["file"])
-                    entry = {name: job[name] for name in ("file", "caption", "image_id", "seed")}
-                    entries.append({**entry, "clip_score": score})
-                    file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
-                               + "\n")
-                file.flush()
-                bar.update(len(batch))
-        except UserError as error:
-            problem = str(error)
-    problems = [told for told in gather_object([problem]) if told]
-    if problems:
-        raise UserError(problems[0])
+        for batch, images, scores in render_batches(pipeline, share, size, options, from_photos):
+            for job, image, score in zip(batch, images, scores):
+                save_image(image, output_dir / job.file)
+                entries.append({**job.describe(), "clip_score": score})
+                file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
+                           + "\n")
+            file.flush()
+            bar.update(len(batch))
     done |= {get_key(entry): entry for entry in gather_object(entries)}
-    return [done[get_key(job)] for job in jobs]
+    return [done[get_key(job.describe())] for job in jobs]
 
 
-def render_batches(pipeline, jobs, size, from_photos, prior_options, options):
+def render_batches(pipeline, jobs, size, options, from_photos):
     """Yields (jobs, image (B, 3, H, W) in [0, 1], list of B CLIP scores) for `size` jobs after the
     other; for half as many, from then on, where a GPU's memory does not suffice."""
     start = 0
     while start < len(jobs):
-        batch, drawn = jobs[start:start + size], None
+        batch, rendered = jobs[start:start + size], None
         try:
             with pipeline.use_precision():
-                drawn = render_batch(pipeline, batch, from_photos, prior_options, options)
+                rendered = render_batch(pipeline, batch, options, from_photos)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-        if drawn is None:  # only here is the memory free that the error held on to
+        if rendered is None:  # only here is the memory free that the error held on to
             torch.cuda.empty_cache()
             size = -(-len(batch) // 2)
             continue
-        yield batch, *drawn
+        yield batch, *rendered
         start += len(batch)
 
 
-def render_batch(pipeline, batch, from_photos, prior_options, options):
+def render_batch(pipeline, batch, options, from_photos):
     """(image (B, 3, H, W) in [0, 1], list of B CLIP scores) of jobs."""
-    captions, seeds = ([job[name] for job in batch] for name in ("caption", "seed"))
-    if from_photos:
-        image_embed = pipeline.embed_images(torch.stack([load_image(job["photo"])
-                                                         for job in batch]))
-    else:
-        image_embed = pipeline.sample_image_embed(captions, seeds, **prior_options)
-    flag, name = ("--clip_pretrained", "CLIP") if from_photos else ("--prior_ckpt", "prior")
-    check_finite(image_embed, batch, pipeline.precision, flag, name)
-    images = pipeline.sample_images(image_embed, seeds, **options)
-    check_finite(images, batch, pipeline.precision, "--decoder_ckpt", "decoder")
-    text_embed = pipeline.embed_captions(captions)[0]
-    scores = (pipeline.embed_images(images) * text_embed).sum(-1)
-    check_finite(scores, batch, pipeline.precision, "--clip_pretrained", "CLIP")
-    return images, [round(score, 4) for score in scores.tolist()]
+    photos = torch.stack([load_image(job.photo) for job in batch]) if from_photos else None
+    sample = pipeline.sample([job.caption for job in batch], [job.seed for job in batch], options,
+                             images=photos)
+    scores = (pipeline.embed_images(sample.image) * sample.text_embed).sum(-1)
+    for values, argument, name in (
+            (sample.image_embed, *(("clip_pretrained", "CLIP") if from_photos
+                                   else ("prior_ckpt", "prior"))),
+            (sample.image, "decoder_ckpt", "decoder"), (scores, "clip_pretrained", "CLIP")):
+        check_finite(values, batch, pipeline.precision, argument, name)
+    return sample.image, [round(score, 4) for score in scores.tolist()]
 
 
-def check_finite(values, batch, precision, flag, name):
+def check_finite(values, batch, precision, argument, name):
     """Raises UserError where values (B, ...) of jobs, the output of network `name` in the file that
-    `flag` names, hold nan or infinity."""
+    the flag `argument` names, hold nan or infinity."""
     bad = (~values.isfinite()).reshape(len(batch), -1).any(1)  # (B,)
     if not bad.any():
         return
     job = batch[bad.nonzero()[0].item()]
-    told = f"the {name}'s output for {job['caption']!r}, seed {job['seed']}, is not finite"
+    problem = f"the {name}'s output for {job.caption!r}, seed {job.seed}, is not finite"
     if precision == "fp16":
-        raise UserError(f"{told}: probably too large for fp16; give bf16 or no "
-                        f"(should that not help, the file of {flag} is damaged)", "mixed_precision")
-    raise UserError(f"{flag}: {told}: the file is damaged, or its training diverged")
+        raise UserError(f"{problem}: probably too large for fp16; give bf16 or no (should that "
+                        f"not help, the file of --{argument} is damaged)", "mixed_precision")
+    raise UserError(f"{problem}: the file is damaged, or its training diverged", argument)
 
 
 def read_records(output_dir, digest):
@@ -153,10 +255,37 @@ def get_key(entry):
     return entry["file"], entry["caption"], entry["seed"]
 
 
-def compute_digest(path):
-    """First 16 hexadecimal digits of the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()[:16]
+# ----------------------------------------------------------------------------------------------
+# afterwards
+
+
+def pick_best(jobs, entries, count):
+    """(jobs, entries) of the best CLIP score of each `count` in a row."""
+    rows = [max(range(start, start + count), key=lambda row: entries[row]["clip_score"])
+            for start in range(0, len(jobs), count)]
+    return [jobs[row] for row in rows], [entries[row] for row in rows]
+
+
+def find_nearest(args, clip, output_dir, entries):
+    """[(picture (3, 256, 256) uint8, cosine)]: the training picture whose CLIP embedding is nearest
+    to that of each rendered one; None where --train_annot_path is not given. Puts file and cosine
+    into the entries."""
+    if not args.train_annot_path:
+        return None
+    with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
+        store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, clip=clip)
+    embeds = torch.from_numpy(np.array(store.image_embed)).float().to(clip.device)
+    found = []
+    for entry in entries:
+        picture = load_image(Path(output_dir) / entry["file"])
+        cosine, index = (embeds @ clip.embed_image(picture[None])[0]).max(0)
+        entry["nearest_train"] = {"file": store.file_names[index],
+                                  "cosine": round(cosine.item(), 4)}
+        found.append((torch.from_numpy(np.array(store.images[int(index)])), cosine.item()))
+    return found
+
+
+def save_manifest(output_dir, settings, entries):
+    """`manifest.json`: the settings, and what each picture is."""
+    replace_file(Path(output_dir) / "manifest.json", lambda part: part.write_text(json.dumps(
+        {"settings": settings, "images": entries}, indent=1, ensure_ascii=False)))

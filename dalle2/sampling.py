@@ -1,5 +1,5 @@
-"""Sampling from the trained networks: a schedule of noise levels, a denoiser, a sampler; guidance;
-prior and cascade.
+"""Sampling from the trained networks: a schedule of noise levels, a denoiser, a sampler; one stage
+of the decoder; the cascade.
 
 A sampler is a function over `denoise(x_t, level) -> x_start` and the levels that it walks down.
 Noise comes from one seed a picture, so that a picture does not depend on the batch that it was
@@ -7,6 +7,8 @@ drawn in.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,13 +17,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dalle2.config import PriorConfig, UnetConfig
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.images import resize
 from dalle2.rng import derive_seed, draw_noise
+from dalle2.rowwise import in_groups
 
-SAMPLER = "dpmpp_2m"  # the default: benchmarks/RESULTS.md, "Samplers"
+SAMPLER = "dpmpp_2m"  # the default: docs/results.md, "Samplers"
+THRESHOLDS = "static", "dynamic"
+GROUP = 4  # rows that a CPU computes together
 
-GROUP = 4             # rows that a CPU computes together
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How one network is sampled from. None: what its config says."""
+
+    cond_scale: float | None = None        # guidance of the prior or the first stage, 1 is none
+    sample_timesteps: int | None = None    # steps
+    sampler: str = SAMPLER                 # of SAMPLERS
+    num_candidates: int | None = None      # embeddings that the prior samples a caption
+    lowres_noise_level: int | None = None  # noise on the picture that a later stage enlarges
+    thresholding: str = "static"           # of a stage's estimates, of THRESHOLDS
+
+    def fill(self, config):
+        """These options with the numbers of `config`, a PriorConfig or UnetConfig, where None."""
+        names = [item.name for item in fields(self) if getattr(self, item.name) is None]
+        return replace(self, **{name: getattr(config, name) for name in names
+                                if hasattr(config, name)})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -33,7 +55,7 @@ NOISE_ONLY = -5.0     # half log-SNR below which a picture's own part, exp(-5), 
 class Level(NamedTuple):
     """One level of noise: x_t = alpha x_start + sigma noise. The clean end has t = -1."""
 
-    t: float      # what the network is told; between the timesteps of training too
+    t: float      # the network's time; between the timesteps of training too
     alpha: float
     sigma: float
 
@@ -116,6 +138,69 @@ def invert_ddim(denoise, x_start, levels):
     return x_t
 
 
+# ----------------------------------------------------------------------------------------------
+# denoisers
+
+
+def repeat_guided(cond_scale, *tensors):
+    """The rows that guidance computes of tensors (B, ...): each with its condition kept and, below
+    them all, once more with it dropped. A scale of 1 is no guidance and adds none. Returns (drop,
+    *tensors): 0 or 1 a row, and the repeated ones."""
+    count = 1 if cond_scale == 1 else 2
+    drop = torch.arange(count, device=tensors[0].device).repeat_interleave(len(tensors[0])).float()
+    return drop, *(torch.cat([tensor] * count) for tensor in tensors)
+
+
+def guide(prediction, cond_scale):
+    """Classifier-free guidance (Ho and Salimans 2022, eq. 6) of what a network predicts for the
+    rows of `repeat_guided`."""
+    if cond_scale == 1:
+        return prediction
+    kept, dropped = prediction.chunk(2)
+    return dropped + (kept - dropped) * cond_scale
+
+
+def build_prior_denoiser(prior, text_embed, text_encodings, cond_scale, num_candidates=1):
+    """denoise(x_t, level) of the prior for text_embed (B, D) and text_encodings (B, L, D), guided;
+    x_t (B num_candidates, D): those of one caption in succession."""
+    drop, text_embed, text_encodings = repeat_guided(cond_scale, text_embed, text_encodings)
+    prefix = prior.read_text(text_embed, text_encodings, drop).repeat_rows(num_candidates)
+
+    def denoise(x_t, level):
+        t = torch.full((len(x_t),), level.t, device=x_t.device)
+        _, rows, t = repeat_guided(cond_scale, x_t, t)
+        return guide(prior(rows, t, prefix=prefix), cond_scale)
+    return denoise
+
+
+def build_denoiser(unet, config, condition, cond_scale=1.0, thresholding="static"):
+    """denoise(x_t, level) of one stage of the decoder. condition: {argument of the network: tensor
+    (B, ...)}, "image_embed" (B, D) of the first stage, which alone is guided, or what
+    `condition_upsampler` gives."""
+    diffusion = build_diffusion(config, "cpu")
+    if "image_embed" in condition:
+        drop, image_embed = repeat_guided(cond_scale, condition["image_embed"])
+        condition = {"image_embed": image_embed, "image_cond_drop_prob": drop}
+    else:
+        cond_scale = 1.0
+
+    def denoise(x_t, level):
+        t = torch.full((len(x_t),), level.t, device=x_t.device)
+        _, rows, t = repeat_guided(cond_scale, x_t, t)
+        prediction = guide(unet(rows, t, **condition), cond_scale).float()
+        x_start = diffusion.to_x_start(prediction, x_t, level.alpha, level.sigma)
+        return threshold(x_start, thresholding)
+    return denoise
+
+
+def condition_upsampler(image, image_size, lowres_noise_level, noise):
+    """What a later stage is conditioned on: image (B, 3, h, w) in [0, 1], the one before, enlarged
+    and noised to lowres_noise_level with noise (B, 3, H, W)."""
+    level = torch.full((len(image),), lowres_noise_level, device=image.device)
+    lowres, level = noise_lowres(resize(image, image_size) * 2 - 1, level, noise)
+    return {"lowres_cond_img": lowres, "lowres_noise_level": level}
+
+
 def threshold(x_start, kind):
     """Brings x_start (B, 3, H, W) into [-1, 1]: "static" clamps; "dynamic" (Saharia et al. 2022,
     sec. 2.3) first divides by the 99.5th percentile of a picture's absolute values, if above 1."""
@@ -125,153 +210,89 @@ def threshold(x_start, kind):
     return x_start.clamp(-1, 1)
 
 
-THRESHOLDS = "static", "dynamic"
-
-
-def guide(predict, cond_scale):
-    """Classifier-free guidance (Ho and Salimans 2022): `predict(x_t, t, drop)` with the condition
-    kept (drop 0) and dropped (drop 1) in one batch. A scale of 1 costs nothing."""
-    if cond_scale == 1:
-        return lambda x_t, t: predict(x_t, t, torch.zeros(len(x_t), device=x_t.device))
-
-    def guided(x_t, t):
-        drop = torch.arange(2, device=x_t.device).repeat_interleave(len(x_t)).float()  # (2B,)
-        kept, dropped = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), drop).chunk(2)
-        return dropped + (kept - dropped) * cond_scale
-    return guided
-
-
 # ----------------------------------------------------------------------------------------------
 # prior and decoder
 
 
 @torch.no_grad()
-def sample_image_embed(prior, config, text_embed, text_encodings, seeds, *, cond_scale=None,
-                       sample_timesteps=None, num_candidates=None, sampler=SAMPLER):
+def sample_image_embed(prior, config, text_embed, text_encodings, seeds, options=SampleOptions()):
     """image_embed (B, D), unit norm, for text_embed (B, D) and text_encodings (B, L, D): of each
     row's candidates the one nearest to its text_embed (Ramesh et al. 2022, sec. 2.2).
 
-    prior, config: network and PriorConfig; seeds: one int a row; cond_scale, sample_timesteps,
-    num_candidates: None is the config's; sampler: a name of SAMPLERS.
+    prior, config: network and PriorConfig; seeds: one int a row.
     """
-    cond_scale = config.cond_scale if cond_scale is None else cond_scale
-    count = num_candidates or config.num_candidates
-    device, shape = text_embed.device, text_embed.shape[-1:]
+    options = options.fill(config)
+    count = options.num_candidates
     seeds = [derive_seed(seed, "candidate", number) if number else seed
              for seed in seeds for number in range(count)]
-    embed = SAMPLERS[sampler](
-        build_prior_denoiser(prior, text_embed, text_encodings, cond_scale, count),
-        draw_part(seeds, shape, device, "prior"),
-        compute_levels(Diffusion(config.timesteps, config.beta_schedule),
-                       sample_timesteps or config.sample_timesteps, config.discrete_time),
-        lambda step: draw_part(seeds, shape, device, "prior", step))
+    draw = partial(draw_part, seeds, text_embed.shape[-1:], text_embed.device, "prior")
+    denoise = build_prior_denoiser(prior, text_embed, text_encodings, options.cond_scale, count)
+    levels = compute_levels(Diffusion(config.timesteps, config.beta_schedule),
+                            options.sample_timesteps, config.discrete_time)
+    embed = SAMPLERS[options.sampler](denoise, draw(), levels, draw)
     embed = F.normalize(embed, dim=-1).unflatten(0, (-1, count))  # (B, count, D)
     nearest = (embed * text_embed[:, None]).sum(-1).argmax(-1)    # (B,)
-    return embed[torch.arange(len(embed), device=device), nearest]
+    return embed[torch.arange(len(embed), device=embed.device), nearest]
 
 
-def build_prior_denoiser(prior, text_embed, text_encodings, cond_scale, num_candidates=1):
-    """denoise(x_t, level) of the prior for text_embed (B, D) and text_encodings (B, L, D), guided;
-    x_t (B num_candidates, D): those of one caption in succession."""
-    drop = torch.zeros(len(text_embed), device=text_embed.device)  # as `guide` orders them
-    if cond_scale != 1:
-        text_embed, text_encodings = text_embed.repeat(2, 1), text_encodings.repeat(2, 1, 1)
-        drop = torch.cat([drop, drop + 1])
-    prefix = prior.read_text(text_embed, text_encodings, drop).repeat_rows(num_candidates)
-    guided = guide(lambda x_t, t, drop: prior(x_t, t, prefix=prefix), cond_scale)
-    return lambda x_t, level: guided(x_t, torch.full((len(x_t),), level.t, device=x_t.device))
+@dataclass(frozen=True)
+class Prior:
+    """The prior's network, and what it was trained with."""
+
+    network: Callable
+    config: PriorConfig
+
+    def sample(self, text_embed, text_encodings, seeds, options=SampleOptions()):
+        """`sample_image_embed`; on a CPU a row depends on its own text and seed to the last bit."""
+        sample = partial(sample_image_embed, self.network, self.config)
+        return in_groups(sample, GROUP)(text_embed, text_encodings, seeds, options=options)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the decoder."""
+
+    unet: Callable
+    config: UnetConfig
+    unet_number: int  # 1-based
+
+    def sample(self, condition, seeds, options=SampleOptions()):
+        """`sample_stage`; on a CPU a row depends on its own condition and seed to the last bit."""
+        size = GROUP if self.unet_number == 1 else 1
+        return in_groups(partial(sample_stage, self), size)(condition, seeds, options=options)
+
+
+def build_stages(unets, configs):
+    """The Stages of a decoder's networks and UnetConfigs, first stage first."""
+    return [Stage(unet, config, number)
+            for number, (unet, config) in enumerate(zip(unets, configs), start=1)]
+
+
+def sample_images(stages, image_embed, seeds, options=SampleOptions()):
+    """image (B, 3, H, W) in [0, 1] for image_embed (B, D), unit norm, through all stages. seeds:
+    one int a picture; options: of all stages, or a list, one a stage."""
+    if isinstance(options, SampleOptions):
+        options = [options] * len(stages)
+    condition = image_embed
+    for stage, own in zip(stages, options, strict=True):
+        condition = stage.sample(condition, seeds, own)
+    return condition
 
 
 @torch.no_grad()
-def sample_images(unets, configs, image_embed, seeds, *, cond_scale=None, sample_timesteps=None,
-                  sampler=SAMPLER, eta=0.0, thresholding="static", lowres_noise_level=None,
-                  noise=None):
-    """image (B, 3, H, W) in [0, 1] for image_embed (B, D), unit norm, through all stages.
-
-    unets, configs: the networks and UnetConfigs, first stage first; seeds: one int a picture;
-    cond_scale: guidance of the first stage; sample_timesteps, sampler (of SAMPLERS): of every
-    stage, or a list, one a stage; lowres_noise_level: of every later stage, or a list; None: the
-    config's. thresholding: of THRESHOLDS; eta, noise (B, 3, h, w): of "ddim" in the first stage,
-    and what it begins from in place of the seeds'.
-    """
-    image, device = None, image_embed.device
-    options = zip(unets, configs, spread(sample_timesteps, len(unets)), spread(sampler, len(unets)),
-                  [None, *spread(lowres_noise_level, len(unets) - 1)], strict=True)
-    for number, (unet, config, steps, sampler, lowres_level) in enumerate(options, start=1):
-        shape = 3, config.image_size, config.image_size
-        if number == 1:
-            denoise = build_denoiser(unet, config, image_embed, cond_scale, thresholding)
-        else:
-            denoise = build_upsampler(unet, config, image, draw_part(seeds, shape, device, "lowres",
-                                                                     number), thresholding,
-                                      lowres_level)
-        x_t = noise if number == 1 and noise is not None else \
-            draw_part(seeds, shape, device, "unet", number)
-        sample = partial(sample_ddim, eta=eta) if number == 1 and sampler == "ddim" \
-            else SAMPLERS[sampler]
-        levels = compute_levels(build_diffusion(config, "cpu"), steps or config.sample_timesteps)
-        x_start = sample(denoise, x_t, levels,
-                         lambda step: draw_part(seeds, shape, device, "unet", number, step))
-        image = (x_start.clamp(-1, 1) + 1) / 2
-    return image
-
-
-def build_denoiser(unet, config, image_embed, cond_scale=None, thresholding="static"):
-    """denoise(x_t, level) of the first stage for image_embed (B, D), guided."""
-    scale = config.cond_scale if cond_scale is None else cond_scale
-    diffusion = build_diffusion(config, "cpu")
-
-    def predict(x_t, t, embed):
-        embed = embed if scale == 1 else embed.repeat(2, 1)
-        return guide(lambda x_t, t, drop: unet(x_t, t, image_embed=embed,
-                                               image_cond_drop_prob=drop), scale)(x_t, t)
-
-    def denoise(x_t, level):
-        t = torch.full((len(x_t),), level.t, device=x_t.device)
-        prediction = call_in_groups(predict, GROUP, x_t, t, image_embed).float()
-        return threshold(diffusion.to_x_start(prediction, x_t, level.alpha, level.sigma),
-                         thresholding)
-    return denoise
-
-
-def build_upsampler(unet, config, image, noise, thresholding="static", lowres_noise_level=None):
-    """denoise(x_t, level) of a later stage for image (B, 3, h, w) in [0, 1], the one before; noise
-    (B, 3, H, W) for its augmentation, to lowres_noise_level (None: the config's). Nothing to drop,
-    so never guided."""
-    diffusion = build_diffusion(config, "cpu")
-    augment = config.lowres_noise_level if lowres_noise_level is None else lowres_noise_level
-    condition = noise_lowres(resize(image, config.image_size) * 2 - 1,
-                             torch.full((len(image),), augment, device=image.device), noise)
-
-    def predict(x_t, t, lowres, level):
-        return unet(x_t, t, lowres_cond_img=lowres, lowres_noise_level=level)
-
-    def denoise(x_t, level):
-        t = torch.full((len(x_t),), level.t, device=x_t.device)
-        prediction = call_in_groups(predict, 1, x_t, t, *condition).float()
-        return threshold(diffusion.to_x_start(prediction, x_t, level.alpha, level.sigma),
-                         thresholding)
-    return denoise
-
-
-def spread(value, count):
-    """A list of one value a stage as it is; a single value `count` times."""
-    return value if isinstance(value, (tuple, list)) else [value] * count
-
-
-def call_in_groups(function, size, *tensors):
-    """`function` of all tensors (B, ...); on a CPU of `size` rows at a time, the last group filled
-    up with copies of its first row: what comes out for a row is then the same to the last bit
-    whatever the others are and however many. No slower there: its caches hold one picture of 256 px
-    (twice as fast as 16 at a time) and a few of 64."""
-    if tensors[0].device.type != "cpu":
-        return function(*tensors)
-    out = []
-    for parts in zip(*(tensor.split(size) for tensor in tensors)):
-        rows = [0] * size
-        rows[:len(parts[0])] = range(len(parts[0]))
-        out.append(function(*(part[rows] for part in parts))[:len(parts[0])])
-    return torch.cat(out)
+def sample_stage(stage, condition, seeds, options):
+    """image (B, 3, H, W) in [0, 1] of one Stage. condition: image_embed (B, D), unit norm, of the
+    first; image (B, 3, h, w) in [0, 1], the one before, of a later stage; seeds: one int a row."""
+    config, number, options = stage.config, stage.unet_number, options.fill(stage.config)
+    draw = partial(draw_part, seeds, (3, config.image_size, config.image_size), condition.device)
+    condition = {"image_embed": condition} if number == 1 else condition_upsampler(
+        condition, config.image_size, options.lowres_noise_level, draw("lowres", number))
+    denoise = build_denoiser(stage.unet, config, condition, options.cond_scale,
+                             options.thresholding)
+    levels = compute_levels(build_diffusion(config, "cpu"), options.sample_timesteps)
+    x_start = SAMPLERS[options.sampler](denoise, draw("unet", number), levels,
+                                        partial(draw, "unet", number))
+    return (x_start.clamp(-1, 1) + 1) / 2
 
 
 def draw_part(seeds, shape, device, *part):

@@ -1,9 +1,11 @@
-"""Networks whose weights, average, gradients and optimizer state are shared out among the processes
+"""Networks whose weights, average, gradients and optimizer state are sharded among the processes
 (`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike; and what processes tell each other.
 
 What is saved is gathered first, so that checkpoints and exports are those of any other run and a
 run may be resumed with or without it, on another number of processes.
 """
+
+import inspect
 
 import torch
 from accelerate.utils import broadcast_object_list, recursively_apply
@@ -11,25 +13,29 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+# every process takes its own share of what it has whole; torch 2.6 sends the first process's round
+TAKE_OWN = {"src_data_rank": None} if "src_data_rank" in inspect.signature(
+    distribute_tensor).parameters else {}
+
 
 def shard(module, blocks, device):
-    """Shares the parameters of `module` on `device` out among all processes, in place. `blocks`,
+    """Shards the parameters of `module` on `device` among all processes, in place. `blocks`,
     parts of it that are called as a whole, are gathered when they are computed, the rest when the
     module is."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*blocks, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    if hasattr(module, "read_text"):  # the prior's other way in
+    if hasattr(module, "read_text"):  # the prior's other entry
         register_fsdp_forward_method(module, "read_text")
 
 
 def gather(tensor):
-    """The whole of a tensor that may be shared out; then every process has to call this."""
+    """The whole tensor of one that may be sharded; if it is, every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(state, keep=True):
-    """`state`, nested dicts and lists, with what is shared out gathered on the CPU, one tensor at a
+    """`state`, nested dicts and lists, with sharded tensors gathered on the CPU, one tensor at a
     time; a process that does not `keep` it has None in their place."""
     def collect(tensor):
         whole = gather(tensor)
@@ -58,11 +64,19 @@ def broadcast_state(state, accelerator):
     return recursively_apply(fetch, described)
 
 
+def holds_anywhere(condition, accelerator):
+    """Whether `condition` holds in any process, the same answer in all."""
+    if accelerator.num_processes == 1:
+        return condition
+    count = accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum")
+    return bool(count)
+
+
 def scatter_like(tensor, like):
-    """`tensor`, whole and the same in all processes, shared out as `like` is, if `like` is."""
+    """`tensor`, whole and the same in all processes, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, **TAKE_OWN)
 
 
 def load_module(module, saved):

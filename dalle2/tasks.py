@@ -1,4 +1,4 @@
-"""What is trained: a CLIP of one's own, the prior, a stage of the decoder.
+"""What is trained: a small CLIP, the prior, a stage of the decoder.
 
 A task draws the batch of a step, computes its losses, validates, draws pictures to look at and
 exports. It is all that the training loop knows of a network. A batch is drawn on the CPU, by a
@@ -22,7 +22,7 @@ from dalle2.files import replace_file
 from dalle2.images import arrange, crop, resize
 from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
-from dalle2.sampling import sample_image_embed, sample_images
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.validation import (
     compute_fixed_timesteps,
     compute_prior_scores,
@@ -35,10 +35,12 @@ NUM_SAMPLES = 8  # pictures a row of the sample grids
 
 
 class Task:
-    """What the tasks share. A subclass has `load(store, indexes, random)`, a batch of pictures of a
-    store, and `loss`; both are called by `draw` and in validation alike."""
+    """What the tasks share. A subclass has `load(store, indexes, random)`, which reads a batch,
+    `loss(module, batch, random)`, `write_export(state, step, suffix)` and, where `can_sample`,
+    `sample(module)`."""
 
-    can_split = True  # whether the loss of a batch is the mean of the losses of its rows
+    can_split = True    # whether the loss of a batch is the mean of the losses of its rows
+    can_sample = False  # whether `sample` has pictures to draw
 
     def __init__(self, config, accelerator, train_store=None, val_store=None, output_dir=None):
         self.config, self.accelerator, self.output_dir = config, accelerator, output_dir
@@ -51,9 +53,12 @@ class Task:
         indexes = draw_indexes(len(self.train_store), train.seed, step, train.batch_size)
         return self.load(self.train_store, indexes[rows], random)
 
-    def sample(self, module):
-        """A picture (3, H, W) in [0, 1] of what the averaged network makes of the first validation
-        pictures, or None."""
+    def export(self, state, step, last):
+        """Writes the averaged weights `state` {name: tensor} after `step` steps, in the first
+        process: those that are used, or, for comparison, the `last` ones of the run."""
+        if self.accelerator.is_main_process:
+            with rename_argument(path="output_dir"):
+                self.write_export(state, step, "_last" if last else "")
 
     def describe_run(self):
         """What the run is, as JSON: written to config.json and compared on resuming."""
@@ -130,8 +135,8 @@ class ClipTask(Task):
         matching = F.cosine_similarity(image_embed, text_embed).mean().item()
         return row | {"val_cosine": matching, **compute_recall(text_embed, image_embed, (1, 5, 10))}
 
-    def export(self, state, step, last):
-        save_export(Path(self.output_dir) / f"clip{'_last' if last else ''}.safetensors", "clip",
+    def write_export(self, state, step, suffix):
+        save_export(Path(self.output_dir) / f"clip{suffix}.safetensors", "clip",
                     {"config": config_to_dict(self.config), "step": step}, state)
 
 
@@ -196,8 +201,8 @@ class PriorTask(Task):
     def describe_run(self):
         return self.header | super().describe_run()
 
-    def export(self, state, step, last):
-        save_export(Path(self.output_dir) / f"prior{'_last' if last else ''}.safetensors", "prior",
+    def write_export(self, state, step, suffix):
+        save_export(Path(self.output_dir) / f"prior{suffix}.safetensors", "prior",
                     {**self.header, "config": config_to_dict(self.config), "step": step},
                     {f"net.{name}": value for name, value in state.items()})
 
@@ -315,27 +320,30 @@ class UnetTask(Task):
         return ([unets[number].to(self.accelerator.device) for number in numbers],
                 [configs[number] for number in numbers])
 
+    @property
+    def can_sample(self):
+        return bool(self.num_val) and self.earlier is not None
+
     @torch.no_grad()
     def sample(self, module):
-        """A row of photos; below, what the stages so far make of each kind of embedding."""
-        if not self.val_store or self.earlier is None:
-            return None
+        """A picture (3, H, W) in [0, 1]: a row of photos; below, what the stages so far make of
+        each kind of embedding."""
         unets, configs = self.earlier
+        stages = build_stages([*unets, module], [*configs, self.config])
         rows = [torch.from_numpy(np.array(self.val_store.images[:NUM_SAMPLES])) / 255]
         for embeds in self.sample_embeds:
             with self.accelerator.autocast():
-                rows.append(sample_images([*unets, module], [*configs, self.config], embeds,
-                                          range(len(embeds))).float().cpu())
+                rows.append(sample_images(stages, embeds, range(len(embeds))).float().cpu())
         return arrange(torch.cat([resize(row, self.config.image_size) for row in rows]),
                        columns=len(rows[0]))
 
     def describe_run(self):
         return {**self.header, **super().describe_run(), "lowres_size": self.lowres_size}
 
-    def export(self, state, step, last):
-        save_decoder_stage(
-            Path(self.output_dir) / f"decoder{'_last' if last else ''}.safetensors",
-            self.unet_number, self.config, state, self.header, step, self.num_stages)
+    def write_export(self, state, step, suffix):
+        save_decoder_stage(Path(self.output_dir) / f"decoder{suffix}.safetensors",
+                           self.unet_number, self.config, state, self.header, step,
+                           self.num_stages)
 
 
 def collect_sample_embeds(val_store, prior_ckpt, clip, device):

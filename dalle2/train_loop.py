@@ -6,8 +6,6 @@ saves and resumes.
 """
 
 import contextlib
-import copy
-import json
 import math
 import signal
 import sys
@@ -15,34 +13,21 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
-from dalle2.ema import PowerAverages, save_snapshot
 from dalle2.errors import UserError
-from dalle2.files import hold_lock, replace_file
-from dalle2.images import save_jpeg
-from dalle2.logger import MetricsLog
-from dalle2.optimizer import build_optimizers
-from dalle2.plots import save_curves
 from dalle2.rng import BatchRandom
-from dalle2.sharding import (
-    broadcast_state,
-    gather,
-    gather_state,
-    load_module,
-    load_optimizer,
-    shard,
-)
+from dalle2.run_folder import RunFolder
+from dalle2.sharding import broadcast_state, holds_anywhere
+from dalle2.train_state import TrainState, count_rows, explain_memory
 
 LOG_EVERY = 25
 SHOWN = "loss", "val_loss", "val_cosine", "recall@1"  # beside the progress bar
 MAX_BAD_STEPS = 20     # in a row without a finite gradient; fp16 needs a few to find its scale
 BATCHES_AHEAD = 3      # that are drawn while the device computes
-TRIAL_STEPS = 2        # in which several processes look whether their rows fit into memory
+TRIAL_STEPS = 2        # in which several processes find out whether their rows fit into memory
 MAY_CHANGE = {  # what a resumed run may set otherwise
     "num_steps", "save_every", "save_minutes", "validate_every", "snapshot_every",
     "mixed_precision", "device_batch_size", "gradient_checkpointing", "channels_last", "compile",
@@ -60,61 +45,48 @@ def train(
 ):
     """Trains until `num_steps`, starting from the newest checkpoint in `run_dir`.
 
-    Every process calls it and takes the same path through it; files are written by the first.
-    SIGTERM and SIGINT save, then exit with 128 + the signal's number. Raises UserError where the
-    run cannot continue, with the last good checkpoint kept.
+    Every process calls it and takes the same path through it; the first one reads and writes the
+    run's folder. SIGTERM and SIGINT save, then exit with 128 + the signal's number. Raises
+    UserError where the run cannot continue, with the last good checkpoint kept.
     """
-    c, run_dir, is_main = task.config.train, Path(run_dir), accelerator.is_main_process
-    header, rows = task.describe_run(), find_own_rows(c.batch_size, accelerator)
+    c, header = task.config.train, task.describe_run()
+    rows = find_own_rows(c.batch_size, accelerator)
     with contextlib.ExitStack() as stack:
-        if is_main:
-            stack.enter_context(hold_lock(run_dir / ".lock", wait=False, told=UserError(
-                f"{run_dir} is in use by another process", "output_dir")))
+        folder = stack.enter_context(RunFolder(run_dir, accelerator.is_main_process))
         stop = stack.enter_context(catch_signals())
         stack.enter_context(explain_memory(task.can_split))
-        trained = TrainState(module, c, accelerator, list_blocks, task.can_split)
+        state = TrainState(module, c, accelerator, list_blocks, task.can_split)
 
         # ---- resume: the first process reads, so that the others need no run folder
         start, best = 0, {"step": 0, "val_loss": math.inf}
-        state = load_newest_checkpoint(run_dir / "checkpoints") if is_main else None
-        state = broadcast_state(state, accelerator)
-        if state is not None:
-            check_same_run(state["header"], header, run_dir)
-            trained.load_state(state)
-            start, best = state["step"], state["best"]
-            del state
-
+        saved = broadcast_state(folder.load_checkpoint(), accelerator)
+        if saved is not None:
+            check_same_run(saved["header"], header, run_dir)
+            state.load(saved)
+            start, best = saved["step"], saved["best"]
+            del saved
         if start >= c.num_steps:
             accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
-            average = trained.collect_average()
-            if is_main:
-                task.export(average, start, last=best["step"] > 0)
-            return
-        accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {trained}")
-        log = None
-        if is_main:
-            replace_file(run_dir / "config.json",
-                         lambda part: part.write_text(json.dumps(header, indent=2)))
-            log = stack.enter_context(MetricsLog(run_dir, start, log_with, header))
+            return task.export(state.collect_average(), start, last=best["step"] > 0)
+        accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {state}")
+        folder.begin(start, header, log_with)
+        can_sample = not holds_anywhere(not task.can_sample, accelerator)
 
         # ---- steps
         pending = []  # (step, lr, loss, gradient norm), tensors until they are written
         bad_steps, stopped = 0, False
         saved_at = pending_since = time.monotonic()
-        progress = stack.enter_context(tqdm(
-            total=c.num_steps, initial=start, desc=str(run_dir), unit="step", disable=not is_main,
-            mininterval=0.1 if sys.stderr.isatty() else 10))
+        progress = stack.enter_context(show_progress(start, c.num_steps, run_dir, accelerator))
         batches = stack.enter_context(draw_ahead(task, rows, start, accelerator.device))
         for step, batch in batches:
-            trained.model.train()
             lr_factor = compute_lr_factor(c, step)
-            loss = trained.compute_gradients(step, batch, task.loss,
-                                             is_trial=step < start + TRIAL_STEPS)
-            grad_norm = trained.update_weights(step, lr_factor)
+            loss = state.compute_gradients(step, batch, task.loss,
+                                           is_trial=step < start + TRIAL_STEPS)
+            grad_norm = state.update_weights(step, lr_factor)
             pending.append((step + 1, c.lr * lr_factor, loss, grad_norm))
             progress.update()
 
-            # ---- what is due
+            # ---- what is due after this step
             done = step + 1
             stopped = agree_to_stop(stop, done, accelerator)
             ends = done == c.num_steps or stopped
@@ -123,49 +95,38 @@ def train(
             saves = ends or done % c.save_every == 0
             if not (saves or validates or snapshots or done % LOG_EVERY == 0):
                 continue
-            metrics = collect_rows(pending, pending_since, accelerator, c.batch_size)
+            metrics = collect_metrics(pending, pending_since, accelerator, c.batch_size)
             bad_steps, pending = count_bad_steps(metrics, bad_steps, run_dir), []
             if c.save_minutes:
                 minutes = (time.monotonic() - saved_at) / 60
                 saves |= holds_anywhere(minutes > c.save_minutes, accelerator)
 
-            # ---- validate; the best weights are those that are used
+            # ---- validate and log
             is_best = False
             if validates:
-                metrics[-1].update(run_validation(task, trained.module, trained.average))
+                metrics[-1].update(run_validation(task, state.module, state.average))
                 is_best = metrics[-1]["val_loss"] < best["val_loss"]
                 if is_best:
                     best = {"step": done, "val_loss": metrics[-1]["val_loss"]}
-            if is_main:
-                log.write(metrics)
-                progress.set_postfix({name: f"{value:.4f}" for name, value in metrics[-1].items()
-                                      if name in SHOWN})
+            folder.write_metrics(metrics)
+            progress.set_postfix({name: f"{metrics[-1][name]:.4f}" for name in SHOWN
+                                  if name in metrics[-1]})
 
-            # ---- export, save, sample
-            if is_best or saves:
-                average = trained.collect_average()
-                if is_main and (is_best or not best["step"]):
-                    task.export(average, done, last=False)
-                if is_main and saves and best["step"]:
-                    task.export(average, done, last=True)
-                del average
+            # ---- export: the best weights are those that are used, the last lie beside them
+            if is_best or (saves and not best["step"]):
+                task.export(state.collect_average(), done, last=False)
+            if saves and best["step"]:
+                task.export(state.collect_average(), done, last=True)
             if snapshots:
-                averages = trained.collect_snapshots()
-                if is_main:
-                    save_snapshot(run_dir, done, averages, header)
-                del averages
+                folder.save_snapshots(done, state.collect_snapshots(), header)
+
+            # ---- save, and draw pictures to look at
             if saves:
-                state = {"step": done, "header": header, "best": best, **trained.collect_state()}
-                if is_main:
-                    save_checkpoint(run_dir / "checkpoints", state, must=ends)
-                    save_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-                del state
+                folder.save_checkpoint({"step": done, "header": header, "best": best,
+                                        **state.collect()}, must=ends)
                 saved_at = time.monotonic()
-            if saves and not stopped and (is_main or trained.is_shared):
-                trained.average.eval()
-                picture = task.sample(trained.average)
-                if is_main and picture is not None:
-                    save_jpeg(picture, run_dir / "samples" / f"step_{done:08d}.jpg")
+            if saves and can_sample and not stopped and state.samples_here:
+                folder.save_sample(done, task.sample(state.average.eval()))
             if stopped:
                 break
             pending_since = time.monotonic()
@@ -173,175 +134,6 @@ def train(
     if stopped:
         accelerator.print(f"{run_dir}: stopped and saved at step {done}; the same command resumes")
         sys.exit(128 + stop[0])
-
-
-# ----------------------------------------------------------------------------------------------
-# a network in training
-
-
-class TrainState:
-    """A network with the average of its weights and its optimizers, on the device, whole or shared
-    out among the processes. `model` is what computes gradients, `module` the network itself.
-    `device_batch_size` rows are computed at a time."""
-
-    def __init__(self, module, config, accelerator, list_blocks=lambda module: (), can_split=True):
-        self.config, self.accelerator, self.can_split = config, accelerator, can_split
-        self.is_shared = config.fsdp and accelerator.num_processes > 1
-        share = count_rows(config.batch_size, accelerator.num_processes)
-        self.device_batch_size = min(config.device_batch_size or share, share) if can_split \
-            else share
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        module = module.to(accelerator.device, memory_format=memory_format)
-        self.average = copy.deepcopy(module).requires_grad_(False)
-        if config.compile:
-            module.compile()
-        if self.is_shared:
-            for network in (module, self.average):
-                shard(network, list_blocks(network), accelerator.device)
-        # evaluation_mode: without DDP, which FSDP stands in for
-        self.model = accelerator.prepare_model(module, evaluation_mode=self.is_shared)
-        self.optimizers = [accelerator.prepare(o) for o in build_optimizers(module, config)]
-        self.module = accelerator.unwrap_model(self.model)
-        self.snapshots = PowerAverages(self.module) if config.snapshot_every else None
-
-    def __str__(self):
-        sharing = "weights shared out, " if self.is_shared else ""
-        return (f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {sharing}"
-                f"{self.device_batch_size} rows at a time, "
-                f"precision {self.accelerator.mixed_precision}")
-
-    def compute_gradients(self, step, batch, compute_loss, is_trial=False):
-        """Gradients of `batch`, this process's rows of the batch of `step`, `device_batch_size`
-        rows at a time. Returns the mean loss, left on the device: nothing here waits for it.
-
-        Where memory runs out, the rows are halved and the batch is computed again: the sum of the
-        gradients is the same. One process does so at any step; several, that meet in the middle of
-        a step to add up their gradients, do so in trials, which leave no gradients behind.
-        """
-        batch = {name: value.to(self.accelerator.device, non_blocking=True)
-                 for name, value in batch.items()}
-        if self.accelerator.num_processes == 1:
-            while (loss := self._try(step, batch, compute_loss, sync=True)) is None:
-                self._halve_rows()
-            return loss
-        while is_trial and self.can_split and not self.is_shared:
-            loss = self._try(step, batch, compute_loss, sync=False)
-            self._clear_gradients()
-            if not holds_anywhere(loss is None, self.accelerator):
-                break
-            self._halve_rows()
-        return self._compute(step, batch, compute_loss, sync=True)
-
-    def _try(self, step, batch, compute_loss, sync):
-        """What `_compute` returns, or None where memory runs out and fewer rows can be tried."""
-        try:
-            return self._compute(step, batch, compute_loss, sync)
-        except torch.cuda.OutOfMemoryError:
-            if self.device_batch_size == 1 or not self.can_split:
-                raise
-        return None
-
-    def _compute(self, step, batch, compute_loss, sync):
-        accelerator, config = self.accelerator, self.config
-        share = count_rows(config.batch_size, accelerator.num_processes)
-        losses = []
-        for first in range(0, share, self.device_batch_size):
-            last = min(first + self.device_batch_size, share)
-            part = {name: value[first:last] for name, value in batch.items()}
-            offset = accelerator.process_index * share
-            random = BatchRandom(config.seed, step, "noise", batch_size=config.batch_size,
-                                 rows=slice(offset + first, offset + last),
-                                 device=accelerator.device)
-            waits = sync and last == share  # gradients meet after the last part
-            with contextlib.nullcontext() if waits else accelerator.no_sync(self.model):
-                loss = compute_loss(self.model, part, random).mean() * ((last - first) / share)
-                accelerator.backward(loss)
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
-
-    def _halve_rows(self):
-        self._clear_gradients()
-        torch.cuda.empty_cache()
-        before, self.device_batch_size = self.device_batch_size, -(-self.device_batch_size // 2)
-        if self.accelerator.is_main_process:
-            tqdm.write(f"out of memory with {before} rows at a time: now {self.device_batch_size} "
-                       f"(--device_batch_size {self.device_batch_size} starts with so many)")
-
-    def _clear_gradients(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
-    def update_weights(self, step, lr_factor):
-        """Clips the gradients, steps, updates the average. Returns the gradients' norm, left on
-        the device."""
-        accelerator, config = self.accelerator, self.config
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor
-        norm = gather(accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
-        take_step([optimizer.optimizer for optimizer in self.optimizers], norm, accelerator.scaler)
-        self._clear_gradients()
-        update_average(self.average, self.module, compute_ema_decay(config.ema_decay, step))
-        if self.snapshots:
-            self.snapshots.update(step + 1)
-        return norm.detach()
-
-    def collect_state(self):
-        """What a checkpoint holds of it, whole, in the first process. Every process has to call
-        this and the next method where the network is shared out."""
-        scaler = self.accelerator.scaler
-        return gather_state({
-            "module": self.module.state_dict(), "ema": self.average.state_dict(),
-            "snapshots": self.snapshots.state_dict() if self.snapshots else {},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": scaler.state_dict() if scaler else {}}, self.accelerator.is_main_process)
-
-    def collect_average(self):
-        """The averaged weights by name, whole, in the first process."""
-        return gather_state(self.average.state_dict(), self.accelerator.is_main_process)
-
-    def collect_snapshots(self):
-        """{length: weights by name} for `save_snapshot`, whole, in the first process."""
-        return gather_state(self.snapshots.collect(), self.accelerator.is_main_process)
-
-    def load_state(self, state):
-        load_module(self.module, state["module"])
-        load_module(self.average, state["ema"])
-        if self.snapshots and state["snapshots"]:
-            self.snapshots.load_state_dict(state["snapshots"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def take_step(optimizers, grad_norm, scaler=None):
-    """A step of torch's optimizers, left out where the gradient is not finite: with fp16 the scaler
-    sees to that, otherwise the optimizers are told on the device."""
-    if scaler is None:
-        found_inf = 1 - torch.isfinite(grad_norm).float()
-        for optimizer in optimizers:
-            optimizer.found_inf = found_inf
-            optimizer.step()
-        return
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()  # once: it belongs to the step, not to an optimizer
-
-
-@torch.no_grad()
-def update_average(average, module, decay):
-    """Moves the weights of `average` towards those of `module`; its buffers are copies. torch's
-    AveragedModel keeps the count of its updates on the device and waits for it at every step."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-    for kept, buffer in zip(average.buffers(), module.buffers()):
-        kept.copy_(buffer)
-
-
-def compute_ema_decay(ema_decay, step):
-    """The average's decay at `step` (from 0): 0, then growing as (1 + n) / (10 + n) up to
-    `ema_decay`, so that the random start is forgotten soon."""
-    return min(ema_decay, (1 + step) / (10 + step)) if step else 0.0
 
 
 # ----------------------------------------------------------------------------------------------
@@ -383,14 +175,6 @@ def find_own_rows(batch_size, accelerator):
     return slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
 
 
-def count_rows(batch_size, num_processes):
-    """Rows of a global batch for one process; UserError where it does not divide."""
-    if batch_size % num_processes:
-        raise UserError(f"{batch_size} does not divide among {num_processes} "
-                        "processes", "batch_size")
-    return batch_size // num_processes
-
-
 # ----------------------------------------------------------------------------------------------
 # small parts
 
@@ -421,26 +205,6 @@ def agree_to_stop(caught, step, accelerator):
     return stop
 
 
-def holds_anywhere(condition, accelerator):
-    """Whether `condition` holds in any process, the same answer in all."""
-    if accelerator.num_processes == 1:
-        return condition
-    count = accelerator.reduce(torch.tensor(float(condition), device=accelerator.device), "sum")
-    return bool(count)
-
-
-@contextlib.contextmanager
-def explain_memory(can_split):
-    """Turns CUDA's lack of memory into a UserError that names the flags that help."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        argument = "device_batch_size" if can_split else "batch_size"
-        advice = ", or --gradient_checkpointing, or --fsdp on more devices" if can_split else ""
-        raise UserError(f"out of GPU memory; take fewer rows at a time{advice}", argument) \
-            from error
-
-
 def count_bad_steps(rows, before, run_dir):
     """Marks the skipped steps in `rows`; how many in a row lie behind now. UserError where that is
     MAX_BAD_STEPS."""
@@ -455,6 +219,13 @@ def count_bad_steps(rows, before, run_dir):
                             "--mixed_precision no or bf16 may help. The last checkpoint is kept",
                             "lr")
     return before
+
+
+def show_progress(start, num_steps, run_dir, accelerator):
+    """The progress bar, shown by the first process; into a file a line every ten seconds."""
+    return tqdm(total=num_steps, initial=start, desc=str(run_dir), unit="step",
+                disable=not accelerator.is_main_process,
+                mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def run_validation(task, module, average):
@@ -496,8 +267,8 @@ def flatten(value, prefix=""):
     return {prefix: value}
 
 
-def collect_rows(pending, since, accelerator, batch_size):
-    """The pending steps, begun at the time `since`, as metrics rows; losses averaged over all
+def collect_metrics(pending, since, accelerator, batch_size):
+    """The pending steps as metrics rows, timed from `since`; losses averaged over all
     processes."""
     losses = torch.stack([loss for _, _, loss, _ in pending]).float()
     losses = accelerator.reduce(losses, "mean").tolist()

@@ -3,16 +3,16 @@
 import torch
 from accelerate.utils import gather_object
 
-ROWS = 64  # validated at a time; their noise is drawn for so many, whatever the batch of training
+ROWS = 64  # validated at a time, whatever the batch of training: noise is drawn for each such slice
 
 
 def map_rows(function, count, accelerator=None):
     """`function(rows)` of every slice of ROWS of `count` rows -> (n, ...), joined: (count, ...) on
     the CPU, the same in every process.
 
-    Each process calls it for its share of the slices, and all equally often, since networks that
-    are shared out are gathered by all: the last slice is repeated where there are too few. Without
-    an accelerator this process does all of it.
+    Each process calls it for its share of the slices, and all equally often, since sharded networks
+    are gathered by all: the last slice is repeated where there are too few. Without an
+    accelerator this process computes all of them.
     """
     starts = list(range(0, count, ROWS))
     index, processes = (accelerator.process_index, accelerator.num_processes) if accelerator \

@@ -20,7 +20,7 @@ def main():
     cli.add_clip_flags(parser)
     parser.add_argument("--image_format", choices=list(BYTES_A_PICTURE),
                         help="how pictures are kept: uint8, 197 KB each, or jpeg of quality 95, "
-                        "about 36 KB, for small disks (None: what is there, or uint8)")
+                        "about 36 KB, for small disks (None: the format the store has, or uint8)")
     parser.add_argument("--strict", action="store_true",
                         help="stop at a picture that cannot be read, instead of leaving it out")
     args = parser.parse_args()

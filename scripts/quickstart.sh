@@ -2,7 +2,7 @@
 # The whole chain on a machine without a GPU: draws a small data set, trains CLIP, prior and decoder
 # on it from zero, renders captions that no training picture shows, and counts what is right.
 # Hardware: 2 CPU cores, 8 GB of memory. Disk: 6 GB for the environment, 3 GB for output/quickstart.
-# Time: about 14 minutes on 2 cores, and 2 for the environment. Run again, it goes on where it was.
+# Time: about 14 minutes on 2 cores, and 2 for the environment. Run again, it resumes.
 #   SEED=1 OUT=output/quickstart1 sh scripts/quickstart.sh     another seed, another folder
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Trains the diffusion prior on COCO 2014 (data/coco_download.py fetches it), or on what the flags
-# name: `python train_prior.py --help`. The same command goes on where it was stopped.
+# name: `python train_prior.py --help`. The same command resumes.
 # Hardware: preset base (default) one 80 GB GPU or several smaller, small one 12 GB GPU, toy 2 cores.
 # Disk: 16 GB for the store of pictures, 9 GB for the embeddings, once, for prior and decoder.
 set -eu

@@ -84,8 +84,9 @@ def test_seconds_belong_to_their_stage(pipeline, monkeypatch):
         return call
     monkeypatch.setattr(app, "read_clock", lambda: clock[0])
     monkeypatch.setattr(pipeline.clip, "tokenize", slow_down(pipeline.clip.tokenize, 100))
-    unets = [slow_down(unet, seconds) for unet, seconds in zip(pipeline.unets, (10, 1))]
-    _, report = app.render(replace(pipeline, unets=unets), "a red box", **SETTINGS)
+    stages = [replace(stage, unet=slow_down(stage.unet, seconds))
+              for stage, seconds in zip(pipeline.stages, (10, 1))]
+    _, report = app.render(replace(pipeline, stages=stages), "a red box", **SETTINGS)
     *first, last = [stage["seconds"] for stage in report["stages"]]
     assert first == [100, 20] and 1 <= last < 10  # a call a step, or one for each part of it
 

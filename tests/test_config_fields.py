@@ -23,7 +23,7 @@ from dalle2.config import (
 from dalle2.errors import UserError
 from dalle2.models import build_prior, build_unet
 from dalle2.rng import BatchRandom
-from dalle2.sampling import sample_image_embed, sample_images
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.tasks import PriorTask, UnetTask
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
@@ -34,7 +34,7 @@ CLIP = dict(embed_dim=64, image_size=64, vision_width=24, vision_layers=(2, 1, 1
             text_layers=3, text_heads=2, context_length=20, logit_scale=5.0)
 PRIOR = dict(depth=2, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
              timesteps=500, beta_schedule="linear", text_cond_drop_prob=0.9, sample_timesteps=3,
-             num_candidates=5, cond_scale=2.0)
+             num_candidates=9, cond_scale=2.0)
 UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
             self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
             memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,
@@ -82,7 +82,7 @@ def test_training(field, tmp_path, seen):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         exported, raw, metrics = run_training(
             folder, config, validate=validate, num_val=1, at_step=events.append,
-            sample=lambda module: events.append("sample"))
+            can_sample=True, sample=lambda module: events.append("sample"))
         return {"exported": exported, "raw": raw, "events": events,
                 "snapshots": len(list((folder / "averages").glob("*"))),
                 "lr": [m["lr"] for m in metrics]}
@@ -163,7 +163,7 @@ def test_decoder(number, field, seen, store):
         task = UnetTask(number, DecoderConfig(unets=tuple(configs)), Accelerator(cpu=True), store)
         embed = torch.from_numpy(store.image_embed[:1]).float()
         return {"loss": compute_task_loss(task, unets[-1]),
-                "sample": sample_images(unets, configs, embed, [1])}
+                "sample": sample_images(build_stages(unets, configs), embed, [1])}
     config = TOY.decoder.unets[number - 1]
     if field == "memory_efficient":  # without it the library wants a first multiple of one
         config, seen = replace(config, dim_mults=(1, 2, 4)), {}

@@ -125,7 +125,7 @@ def test_a_network_shared_out_trains_as_a_whole_one(tmp_path, data_flags, clip_p
     def run(folder, processes):
         out = finish(start("upsampler", tmp_path / folder, data_flags, clip_path, *flags, "--fsdp",
                            processes=processes))
-        assert ("weights shared out" in out) == (processes == 2)
+        assert ("weights sharded" in out) == (processes == 2)
         return read_metrics(tmp_path / folder)
     whole = run("one", 1)
     runs = [run("two", 2)]

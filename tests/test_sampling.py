@@ -1,22 +1,28 @@
+import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import change_unets, check_refused, write_checkpoints
 
 from dalle2.config import PRESETS
 from dalle2.diffusion import Diffusion
 from dalle2.fast_modules import Prefix
 from dalle2.models import build_unet
 from dalle2.rng import draw_noise
+from dalle2.rowwise import in_groups
 from dalle2.sampling import (
     SAMPLER,
     SAMPLERS,
     Level,
+    SampleOptions,
+    build_stages,
     compute_levels,
     guide,
     invert_ddim,
+    repeat_guided,
     sample_image_embed,
     sample_images,
     threshold,
@@ -162,15 +168,11 @@ def test_ddim_is_the_reference_formula():
 
 
 def test_guidance_extrapolates_in_one_call_and_costs_nothing_at_one():
-    calls = []
-
-    def predict(x_t, t, drop):
-        calls.append(drop.tolist())
-        return x_t + 1 - drop[:, None]
     x, t = torch.zeros(2, 3), torch.tensor([5, 5])
-    assert (guide(predict, 3.0)(x, t) == 3).all()
-    assert (guide(predict, 1.0)(x, t) == 1).all()
-    assert calls == [[0, 0, 1, 1], [0, 0]]
+    for scale, wanted, drops in ((3.0, 3, [0, 0, 1, 1]), (1.0, 1, [0, 0])):
+        drop, rows, times = repeat_guided(scale, x, t)
+        assert drop.tolist() == drops and times.tolist() == [5] * len(drops)
+        assert (guide(rows + 1 - drop[:, None], scale) == wanted).all()
 
 
 def test_guidance_of_the_prior_keeps_the_noised_embedding():
@@ -187,7 +189,7 @@ def test_guidance_of_the_prior_keeps_the_noised_embedding():
             return x_t
     config = PRESETS["toy"].prior
     embed = sample_image_embed(Prior(), config, torch.randn(2, 8), torch.randn(2, 5, 8), [1, 2],
-                               cond_scale=2.0, sample_timesteps=3)
+                               SampleOptions(cond_scale=2.0, sample_timesteps=3))
     assert len(seen) == 3
     for x_t in seen:  # two captions with two candidates each, and once more without text
         assert torch.equal(x_t[:4], x_t[4:]) and x_t.abs().sum() > 0
@@ -205,7 +207,7 @@ def test_the_candidate_nearest_to_the_text_is_kept_and_depends_on_its_seed_alone
 
     def sample(rows, **options):
         return sample_image_embed(Prior(), PRESETS["toy"].prior, *(part[rows] for part in text),
-                                  [1, 2, 3][rows], sample_timesteps=2, **options)
+                                  [1, 2, 3][rows], SampleOptions(sample_timesteps=2, **options))
     every = slice(None)
     cosine = {count: (sample(every, num_candidates=count) * text[0]).sum(-1)
               for count in (1, 2, 8)}
@@ -224,10 +226,12 @@ def test_each_later_stage_has_its_own_steps_sampler_and_conditioning_noise():
     def unet(x_t, t, *, lowres_noise_level=None, **_):
         seen.append((x_t.shape[-1], None if lowres_noise_level is None else lowres_noise_level[0]))
         return x_t
-    for given, levels in ((None, [5, 5]), (0, [0, 0]), ([7, 9], [7, 9])):
+    for given, levels in ((None, [5, 5]), ([0, 0], [0, 0]), ([7, 9], [7, 9])):
         seen.clear()
-        sample_images([unet] * 3, configs, torch.randn(1, 4), [1], sample_timesteps=[3, 1, 2],
-                      sampler=["ddim", "dpmpp_2m", "ddpm"], cond_scale=1, lowres_noise_level=given)
+        options = [SampleOptions(1, steps, sampler, lowres_noise_level=level)
+                   for steps, sampler, level in zip((3, 1, 2), ("ddim", "dpmpp_2m", "ddpm"),
+                                                    [None, *(given or [None] * 2)])]
+        sample_images(build_stages([unet] * 3, configs), torch.randn(1, 4), [1], options)
         assert seen == [(8, None)] * 3 + [(16, levels[0])] + [(32, levels[1])] * 2
 
 
@@ -241,14 +245,47 @@ def test_a_picture_depends_on_its_seed_alone_and_the_upsampler_is_not_guided():
         unet.register_forward_pre_hook(
             lambda _, args, number=number: batches[number].append(len(args[0])))
     embeds = F.normalize(torch.randn(3, 128), dim=-1)
-    together = sample_images(unets, configs, embeds, [7, 8, 9], cond_scale=2.0, sample_timesteps=2)
+    stages, options = build_stages(unets, configs), SampleOptions(2.0, 2)
+    together = sample_images(stages, embeds, [7, 8, 9], options)
     assert batches == {1: [8, 8], 2: [1] * 6}  # guidance doubles the first stage alone
-    alone = sample_images(unets, configs, embeds[1:2], [8], cond_scale=2.0, sample_timesteps=2)
+    alone = sample_images(stages, embeds[1:2], [8], options)
     assert together.shape == (3, 3, 256, 256) and 0 <= together.min() and together.max() <= 1
     assert torch.equal(together[1:2], alone)
     assert (together[1] - together[0]).abs().mean() > 1e-3
 
 
+def test_groups_are_filled_up_and_cut_again():
+    seen = []
+
+    def double(x, names, *, factor):
+        seen.append((x.flatten().tolist(), names))
+        return x * factor, x
+    found = in_groups(double, 2)(torch.arange(3.0)[:, None], ["a", "b", "c"], factor=2)
+    assert [part.flatten().tolist() for part in found] == [[0, 2, 4], [0, 1, 2]]
+    assert seen == [([0, 1], ["a", "b"]), ([2, 2], ["c", "c"])]
+
+
 def test_noise_comes_from_the_seed_of_its_row():
     noise = draw_noise([3, 4], (5,))
     assert torch.equal(noise[1], draw_noise([4], (5,))[0]) and not torch.equal(*noise)
+
+
+def test_candidates_and_conditioning_noise_have_flags_and_are_recorded(clip_path, run_script,
+                                                                       tmp_path):
+    flags = write_checkpoints(tmp_path, clip_path, noise=0.1, unets=change_unets(
+        *({"dim": 8, "dim_mults": (1, 1), "image_size": size} for size in (16, 32))))
+    pictures = []
+    for given, recorded in (((), (2, [50])), (("--lowres_noise_level", 300), (2, [300])),
+                            (("--num_candidates", 9), (9, [50]))):
+        out = tmp_path / str(recorded)
+        code, _, error = run_script("test_dalle2.py", *flags, "--prompt", "a red box",
+                                    "--sample_timesteps", 2, "--output_dir", out, *given)
+        assert code == 0, error
+        settings = json.loads((out / "manifest.json").read_text())["settings"]
+        assert (settings["num_candidates"], settings["lowres_noise_level"]) == recorded
+        pictures.append((out / "a red box.jpg").read_bytes())
+    assert len(set(pictures)) == 3
+    for flag, value in (("--lowres_noise_level", 301), ("--lowres_noise_level", -1),
+                        ("--num_candidates", 0)):
+        check_refused(run_script("test_dalle2.py", *flags, "--prompt", "a red box", flag, value),
+                      f"{flag}: {value} ")

@@ -26,10 +26,9 @@ from dalle2.train_loop import (
     BATCHES_AHEAD,
     check_same_run,
     compute_lr_factor,
-    count_rows,
-    take_step,
     train,
 )
+from dalle2.train_state import count_rows, take_step
 from dalle2.validation import ROWS, map_rows
 
 CONFIG = TrainConfig(num_steps=8, batch_size=4, lr=1e-2, warmup_steps=2, weight_decay=0.1,
@@ -40,7 +39,7 @@ class SmallTask:
     """Fixed numbers in, fewer out: what the loop asks of a task. at_step: called with the number of
     each step; stop_at: the step at which the process dies."""
 
-    num_val, can_split = 0, True
+    num_val, can_split, can_sample = 0, True, False
 
     def __init__(self, config, start=0, stop_at=None, at_step=None):
         self.config, self.stop_at, self.at_step = SimpleNamespace(train=config), stop_at, at_step
@@ -61,9 +60,6 @@ class SmallTask:
             self.at_step(self.rows_seen // batch_size)
         self.rows_seen += len(batch["x"])
         return (module(batch["x"] + random.randn(3)) - batch["x"][:, :2]).square().mean(1)
-
-    def sample(self, module):
-        return None
 
     def export(self, state, step, last):
         into = self.last_exported if last else self.exported
@@ -349,7 +345,8 @@ def test_checkpoints_are_also_written_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr("dalle2.train_loop.LOG_EVERY", 1)
     *_, metrics = run_training(
         tmp_path, replace(CONFIG, save_every=100, save_minutes=1.0, validate_every=100),
-        sample=lambda module: torch.zeros(3, 8, 8), at_step=lambda step: seconds.append(40))
+        can_sample=True, sample=lambda module: torch.zeros(3, 8, 8),
+        at_step=lambda step: seconds.append(40))
     assert {row["samples_per_sec"] for row in metrics} == {0.1}
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())[:2]] == [
         "step_00000002.jpg", "step_00000004.jpg"]
@@ -382,8 +379,8 @@ def test_where_memory_runs_out_rows_are_halved_and_the_step_is_repeated(tmp_path
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("can_split, flag", [(True, "--device_batch_size"),
-                                             (False, "--batch_size")])
+@pytest.mark.parametrize("can_split, flag", [(True, "device_batch_size"),
+                                             (False, "batch_size")])
 def test_lack_of_memory_for_a_single_row_is_said_in_one_line(tmp_path, can_split, flag):
     with pytest.raises(UserError, match=f"{flag}: out of GPU memory"):
         run_training(tmp_path, module=SmallDevice(0), can_split=can_split,

@@ -11,7 +11,7 @@ from dalle2.clip import build_clip
 from dalle2.config import PRESETS
 from dalle2.models import build_prior, build_unet
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
-from dalle2.train_loop import TrainState
+from dalle2.train_state import TrainState
 
 TOY, D, B = PRESETS["toy"], 128, 4
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"}

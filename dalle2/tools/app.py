@@ -67,29 +67,27 @@ def render(pipeline, prompt, seed, cond_scale, prior_cond_scale, sample_timestep
         raise UserError("The prompt is empty: type what the picture shall show.")
     if seed is None:
         raise UserError("The seed is empty: type a whole number.")
-    prior_steps, *unet_steps = pipeline.resolve_timesteps(sample_timesteps)
+    options = pipeline.resolve_options(cond_scale=cond_scale, prior_cond_scale=prior_cond_scale,
+                                       sample_timesteps=sample_timesteps)
     times = [read_clock()]
-    image_embed = pipeline.sample_image_embed([prompt], [seed], prior_cond_scale=prior_cond_scale,
-                                              sample_timesteps=prior_steps)  # (1, D)
-    watched = replace(pipeline, unets=[watch_start(unet, times) for unet in pipeline.unets])
-    image = watched.sample_images(image_embed, [seed], cond_scale=cond_scale,
-                                  sample_timesteps=unet_steps)  # (1, 3, H, W)
+    watched = replace(pipeline, stages=[replace(stage, unet=watch_start(stage.unet, times))
+                                        for stage in pipeline.stages])
+    sample = watched.sample([prompt], [seed], options)
     times.append(read_clock())
-    text_embed, _ = pipeline.embed_captions([prompt])  # (1, D)
-    score = (pipeline.clip.embed_image(image) * text_embed).sum().item()
-    stages = [{"stage": name, "sample_timesteps": steps, "seconds": end - start}
-              for (name, _), steps, start, end in zip(
-                  list_stages(pipeline), [prior_steps, *unet_steps], times, times[1:])]
+    score = (pipeline.clip.embed_image(sample.image) * sample.text_embed).sum().item()
+    stages = [{"stage": name, "sample_timesteps": own.sample_timesteps, "seconds": end - start}
+              for (name, _), own, start, end in zip(
+                  list_stages(pipeline), options, times, times[1:])]
     report = {"seed": seed, "cond_scale": cond_scale, "prior_cond_scale": prior_cond_scale,
               "clip_score": score, "stages": stages}
-    return to_uint8(image[0]).permute(1, 2, 0).cpu().numpy(), report
+    return to_uint8(sample.image[0]).permute(1, 2, 0).cpu().numpy(), report
 
 
 def list_stages(pipeline):
     """list of (name, config): the prior's, then the decoder's."""
-    return [("prior", pipeline.prior_config),
-            *((f"unet {number}, {config.image_size} px", config)
-              for number, config in enumerate(pipeline.unet_configs, start=1))]
+    return [("prior", pipeline.prior.config),
+            *((f"unet {stage.unet_number}, {stage.config.image_size} px", stage.config)
+              for stage in pipeline.stages)]
 
 
 def watch_start(unet, times):
@@ -147,14 +145,14 @@ def build_page(pipeline):
             with gr.Column():
                 picture = gr.Image(show_label=False, format="png", interactive=False,
                                    buttons=["download", "fullscreen"], elem_id="picture")
-                report = gr.Markdown("Times and CLIP score are told here.", elem_id="report")
+                report = gr.Markdown("Times and CLIP score appear here.", elem_id="report")
             with gr.Column():
                 new_seed = gr.Button("New seed", size="sm")
                 seed = gr.Number(SEED, label="Seed", precision=0, buttons=[new_seed])
                 scales = [scale("Guidance of the decoder, 1 is none",
-                                pipeline.unet_configs[0].cond_scale),
+                                pipeline.stages[0].config.cond_scale),
                           scale("Guidance of the prior, 1 is none",
-                                pipeline.prior_config.cond_scale)]
+                                pipeline.prior.config.cond_scale)]
                 steps = [gr.Slider(1, min(config.timesteps, max(100, config.sample_timesteps)),
                                    config.sample_timesteps, step=1, precision=0,
                                    label=f"Steps of {name}")

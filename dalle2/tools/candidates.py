@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from dalle2.ema import list_snapshots, solve_weights, synthesize
 from dalle2.errors import UserError
 from dalle2.files import hold_lock
 from dalle2.models import build_prior, build_unet
-from dalle2.sampling import sample_image_embed, sample_images
+from dalle2.sampling import Stage, sample_image_embed
 
 
 @dataclass
@@ -137,11 +137,5 @@ def draw(run, network, conditions, seeds):
     """image_embed (B, D), or image (B, 3, H, W) in [0, 1]."""
     if run.unet_number == 0:
         return sample_image_embed(network, run.config, *conditions, seeds)
-    if run.unet_number == 1:
-        return sample_images([network], [run.config], *conditions, seeds)
-    # the true small picture takes the place of what the stage before draws
-    first = replace(run.config, image_size=run.header["lowres_size"], objective="x_start",
-                    cond_scale=1.0)
-    return sample_images([lambda x_t, t, image_embed, **options: image_embed, network],
-                         [first, run.config], conditions[0] * 2 - 1, seeds,
-                         sample_timesteps=[1, None])
+    stage = Stage(network, run.config, run.unet_number)  # a later one draws from true pictures
+    return stage.sample(*conditions, seeds)

@@ -32,7 +32,7 @@ from dalle2.tools.candidates import (
     write_chosen,
 )
 
-NUM_GROUPS, MIN_IMAGES = 20, 8  # groups of photos, left out in turn for the standard errors
+NUM_GROUPS, MIN_IMAGES = 20, 4  # groups of photos, left out in turn for the standard errors
 COLUMNS = {"step": "{}", "sigma_rel": "{:g}", "score": "{:.5g}", "error": "{:.2g}",
            "gap": "{:.2g}", "gap_error": "{:.2g}", "mismatch": "{:.3f}"}
 
@@ -58,7 +58,8 @@ def parse_args():
     data.add_argument("--clip_pretrained", help="None: the CLIP that the run names")
     score = parser.add_argument_group("score")
     score.add_argument("--metric", choices=list(METRICS), help="cosine to the true photo's "
-                       "embedding, CMMD or KID (None: cosine for a prior, cmmd for a decoder)")
+                       "embedding, CMMD or KID (None: cosine for a prior, as CMMD does not see "
+                       "whether an embedding fits its caption; cmmd for a decoder)")
     score.add_argument("--judge_clip_model", help="CLIP that looks at pictures for cosine and cmmd "
                        "(None: the one that conditions the decoder)")
     score.add_argument("--judge_clip_pretrained", help="its open_clip tag, or a file")
@@ -88,9 +89,10 @@ def main():
     args.prior_ckpt = run.export  # the CLIP's file may lie beside it
     own_clip = load_matching_clip(args, clip, clip, device)
     judge, features = load_judge(args, metric, run, own_clip, device)
-    store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir,
-                          clip=own_clip,
-                          max_images=args.num_images or (200 if run.unet_number else 1000))
+    num_images = args.num_images or (200 if run.unet_number else 1000)
+    with rename_argument(annot_path="val_annot_path", img_path="val_img_path"):
+        store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir,
+                              clip=own_clip, max_images=num_images)
     if len(store) < MIN_IMAGES:
         raise UserError(f"{MIN_IMAGES} pictures are needed, not {len(store)}", "val_annot_path")
 
@@ -154,36 +156,33 @@ def call_in_batches(function, batch_size, *tensors):
                       for parts in zip(*(tensor.split(batch_size) for tensor in tensors))])
 
 
-def compare_apart(compute_distance, drawn, true):
-    """Distance of what was drawn to the photos, mean of two halves' drawings to the other half's
-    photos: next to its own photo a drawing would look better than it is."""
-    end = len(true) // 2 * 2
-    return (compute_distance(drawn[0:end:2], true[1:end:2])
-            + compute_distance(drawn[1:end:2], true[0:end:2])) / 2
-
-
-def compute_kid(drawn, true):
-    """KID of all pictures at once, not of draws (Binkowski et al. 2018, arXiv 1801.01401)."""
-    from torchmetrics.image.kid import poly_mmd
-    return poly_mmd(true, drawn).item()
+def compute_mmd(kernel, drawn, true):
+    """Unbiased squared MMD of pairs (Gretton et al. 2012, eq. 4): no picture meets its own photo,
+    next to which it would look better than it is, and what a photo shows counts on both sides."""
+    drawn, true = drawn.double(), true.double()
+    across = kernel(drawn, true)  # (N, N)
+    terms = (kernel(drawn, drawn) + kernel(true, true) - across - across.T).fill_diagonal_(0)
+    return terms.sum().item() / (len(true) * (len(true) - 1))
 
 
 METRICS = {  # of features drawn (N, F) and true (N, F), in the same order
     "cosine": lambda drawn, true: (drawn * true).sum(-1).mean().item(),
-    "cmmd": partial(compare_apart, lambda drawn, true: metrics.compute_cmmd(drawn, true)[0]),
-    "kid": partial(compare_apart, compute_kid)}
+    # the kernels of dalle2.metrics.compute_cmmd and of Binkowski et al. 2018 (arXiv 1801.01401)
+    "cmmd": partial(compute_mmd, lambda x, y: metrics.CMMD_SCALE * torch.exp(
+        -torch.cdist(x, y).square() / (2 * metrics.CMMD_SIGMA ** 2))),
+    "kid": partial(compute_mmd, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)}
 
 
 def make_key(settings, candidate):
     """Names a score: all that it depends on, files by their time of change."""
     files = [(path.name, path.stat().st_mtime_ns) for path in candidate["sources"]]
-    told = json.dumps([settings, describe(candidate), files])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    parts = json.dumps([settings, describe(candidate), files])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def compute_scores(metric, drawn, true):
     """[score, and the scores without each of NUM_GROUPS groups of photos]."""
-    group = torch.arange(len(true)) // 2 % NUM_GROUPS  # pairs, so that halves stay halves
+    group = torch.arange(len(true)) % NUM_GROUPS
     return [METRICS[metric](drawn[kept], true[kept])
             for kept in (group >= 0, *(group != number for number in group.unique()))]
 
@@ -226,6 +225,10 @@ def report(run, candidates, best, settings, known):
           f"of the wanted average\nbest: {describe(best)}; of {len(candidates) - 1} others "
           f"{len(close)} lie within one standard error of it"
           f"{': ' * bool(close)}{'; '.join(close)}")
+    lengths = sorted({row["sigma_rel"] for row in candidates if not row["export"]})
+    if len(lengths) > 1 and best["sigma_rel"] in (lengths[0], lengths[-1]):
+        word = "shorter" if best["sigma_rel"] == lengths[0] else "longer"
+        print(f"it is at the end of --sigma_rel: a {word} average may be better still")
     rows = [{name: row[name] for name in ("export", *COLUMNS)} for row in candidates]
     save_json(run.folder / "choice.json", {
         "settings": settings, "best": rows[candidates.index(best)], "close": close,

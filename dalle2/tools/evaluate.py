@@ -3,10 +3,12 @@
 Renders one picture a caption, 30,000 where the file has them, and compares the files (PNG: a JPEG
 would lose what the photos keep) with their captions and with the photos. Run again, it goes on
 where it stopped. With --sweep it does so on a few hundred pictures for every combination of
-guidance and steps that is given.
+guidance and steps that is given. Launched as several processes, it shares the work among them:
+`torchrun --nproc_per_node 8 -m dalle2.evaluate`.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import time
@@ -16,10 +18,11 @@ import torch
 
 from dalle2 import cli
 from dalle2.errors import UserError
-from dalle2.files import hold_lock, replace_file
+from dalle2.files import compute_digest, hold_lock, replace_file
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.plots import save_tradeoff
-from dalle2.render import compute_digest, list_coco_jobs, render_jobs
+from dalle2.processes import join_processes, share_errors
+from dalle2.render import Job, list_coco_captions, render_jobs, save_manifest
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
 from dalle2.tools import metrics
@@ -109,78 +112,89 @@ def check_flags(args):
 
 
 def main():
-    args, device, notes = parse_args(), cli.pick_device(), Notes()
-    jobs = list_coco_jobs(args.test_annot_path, args.test_img_path, args.seed)
+    args, state, device, notes = parse_args(), join_processes(), cli.pick_device(), Notes()
+    captions = list_coco_captions(args.test_annot_path, args.test_img_path)
     pipeline = load_pipeline(args, device, cli.resolve_precision(args.mixed_precision))
     output_dir = Path(args.output_dir)
     runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
-    with hold_lock(output_dir / ".lock", wait=False, told=UserError(
-            f"another process writes to {output_dir}", "output_dir")):
-        for folder, settings in runs:
-            claim_folder(folder, settings)
-        captions = embed_captions(judge, jobs, args.num_images)
-        photos = embed_photos(judge, [job["photo"] for job in jobs[:args.num_reference_images]],
-                              "test", notes)
-        jobs = list_all_jobs(jobs[:args.num_images], args.seed, args.samples_for_diversity)
+    with contextlib.ExitStack() as stack:
+        with share_errors():
+            if state.is_main_process:
+                stack.enter_context(hold_lock(output_dir / ".lock", wait=False, told=UserError(
+                    f"another process writes to {output_dir}", "output_dir")))
+                for folder, settings, _ in runs:
+                    claim_folder(folder, settings)
+        photos = embed_photos(judge, [photo for _, _, photo in
+                                      captions[:args.num_reference_images]], "test", notes)
+        jobs = list_jobs(captions[:args.num_images], args.seed, args.samples_for_diversity)
+        captions = embed_captions(judge, [caption for caption, _, _ in captions], args.num_images)
         rows = []
-        for folder, settings in runs:
-            print(f"{folder}: {len(captions.own)} captions", flush=True)
-            seconds = render(pipeline, jobs, folder, settings, args.batch_size)
-            scores = score_folder(judge, jobs, folder, settings, captions, photos)
-            rows.append(settings | scores | {"seconds_a_picture": seconds})
-        result = {"flags": vars(args), "clip": judge.told, "counts": {
+        for folder, settings, options in runs:
+            state.print(f"{folder}: {len(captions.own)} captions", flush=True)
+            seconds = render(pipeline, jobs, folder, settings, options, args.batch_size)
+            pictures = embed_pictures(judge, jobs, folder)
+            if state.is_main_process:
+                scores = score_pictures(pictures, jobs, folder, settings, captions, photos)
+                rows.append(settings | scores | {"seconds_a_picture": seconds})
+        train_embed = embed_train(args, judge, notes) if args.train_img_path and not args.sweep \
+            else None
+        if not state.is_main_process:
+            return
+        result = {"flags": vars(args), "clip": judge.clips, "counts": {
             "reference_photos": len(photos.embed), "other_captions": captions.others.shape[1],
             "diversity_captions": min(NUM_DIVERSITY_CAPTIONS, len(captions.own))},
-            "device": describe_device(device), "warnings": notes}
-        write = write_sweep if args.sweep else write_evaluation
-        write(args, result, rows, captions, photos, judge)
+            "device": describe_device(device, state.num_processes), "warnings": notes}
+        if args.sweep:
+            write_sweep(args, result, rows, captions, photos)
+        else:
+            write_evaluation(args, result, rows[0], captions, photos, train_embed)
 
 
 class Notes(list):
-    """Warnings: printed at once, recorded with the results."""
+    """Warnings: printed at once by the first process, recorded with the results."""
 
     def warn(self, text):
         self.append(text)
-        print(f"warning: {text}", flush=True)
+        join_processes().print(f"warning: {text}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------
 # rendering
 
 
-def list_all_jobs(jobs, seed, samples_for_diversity):
-    """`jobs` of list_coco_jobs with a "file" each, and behind them the further samples of the first
-    captions."""
-    listed = [{**job, "file": f"images/{job['image_id']}.png"} for job in jobs]
-    return listed + [{**job, "file": f"diversity/{job['image_id']}_{sample}.png",
-                      "seed": derive_seed(seed, index, sample) % 2 ** 31}
-                     for index, job in enumerate(jobs[:NUM_DIVERSITY_CAPTIONS])
-                     for sample in range(1, samples_for_diversity)]
+def list_jobs(captions, seed, samples_for_diversity):
+    """A Job for each of `captions`, of list_coco_captions, and behind them those of the further
+    samples of the first ones."""
+    def build_job(index, file, *sample):
+        return Job(*captions[index], file=file, seed=derive_seed(seed, index, *sample) % 2 ** 31)
+    jobs = [build_job(index, f"images/{image_id}.png")
+            for index, (_, image_id, _) in enumerate(captions)]
+    return jobs + [build_job(index, f"diversity/{image_id}_{sample}.png", sample)
+                   for index, (_, image_id, _) in enumerate(captions[:NUM_DIVERSITY_CAPTIONS])
+                   for sample in range(1, samples_for_diversity)]
 
 
 def list_runs(args, pipeline):
-    """[(folder, settings)] to render: one, or with --sweep every point of the grid. settings: all
-    that a picture depends on, with the configs' numbers in place of None."""
-    prior, first = pipeline.prior_config, pipeline.unet_configs[0]
-    files = {name: compute_digest(getattr(args, name))
-             for name in ("prior_ckpt", "decoder_ckpt", "test_annot_path")}
+    """[(folder, settings, options)] to render: one, or with --sweep every point of the grid.
+    settings: all that a picture depends on; options: of Pipeline.resolve_options."""
+    annotations = compute_digest(args.test_annot_path)
     steps = [[n] for n in args.sample_timesteps] if args.sweep and args.sample_timesteps \
         else [args.sample_timesteps]
     runs = {}
-    for cond_scale, prior_cond_scale, given in itertools.product(
-            args.cond_scale or [first.cond_scale], args.prior_cond_scale or [prior.cond_scale],
-            steps):
-        settings = {**files, "seed": args.seed, "sampler": args.sampler,
-                    "mixed_precision": pipeline.precision, "cond_scale": cond_scale,
-                    "prior_cond_scale": prior_cond_scale,
-                    "num_candidates": args.num_candidates or prior.num_candidates,
-                    "lowres_noise_level": pipeline.resolve_lowres_noise_level(
-                        args.lowres_noise_level),
-                    "sample_timesteps": pipeline.resolve_timesteps(given)}
-        name = f"cond_{cond_scale:g}_prior_{prior_cond_scale:g}_steps_{tell_steps(settings)}"
-        runs[Path(args.output_dir, "sweep", name) if args.sweep else Path(args.output_dir)] = \
-            settings
-    return list(runs.items())
+    for cond_scale, prior_cond_scale, sample_timesteps in itertools.product(
+            args.cond_scale or [None], args.prior_cond_scale or [None], steps):
+        options = pipeline.resolve_options(
+            cond_scale=cond_scale, prior_cond_scale=prior_cond_scale,
+            sample_timesteps=sample_timesteps, num_candidates=args.num_candidates,
+            lowres_noise_level=args.lowres_noise_level, sampler=args.sampler)
+        settings = {name.replace("_sha256", "_ckpt"): value  # after the flag that changes it
+                    for name, value in pipeline.describe_settings(options).items()}
+        settings |= {"test_annot_path": annotations, "seed": args.seed}
+        name = "cond_{cond_scale:g}_prior_{prior_cond_scale:g}".format(**settings)
+        name = f"{name}_steps_{format_steps(settings)}"
+        folder = Path(args.output_dir, "sweep", name) if args.sweep else Path(args.output_dir)
+        runs[folder] = folder, settings, options
+    return list(runs.values())
 
 
 def claim_folder(folder, settings):
@@ -189,24 +203,20 @@ def claim_folder(folder, settings):
     path = folder / "settings.json"
     recorded = json.loads(path.read_text()) if path.is_file() else settings
     for name, value in settings.items():
-        if recorded.get(name) != value:
-            raise UserError(f"the pictures in {folder} were made with {name} {recorded.get(name)}, "
+        if recorded.get(name, value) != value:
+            raise UserError(f"the pictures in {folder} were made with {name} {recorded[name]}, "
                             f"not {value}; choose another --output_dir or delete that one", name)
     replace_file(path, lambda part: part.write_text(json.dumps(settings, indent=1)))
 
 
-def render(pipeline, jobs, folder, settings, batch_size):
+def render(pipeline, jobs, folder, settings, options, batch_size):
     """Renders the jobs that have no file in `folder` yet. Returns the seconds a picture of the last
-    call that rendered any to its end; None where there was none."""
-    steps, pace = settings["sample_timesteps"], folder / "seconds.json"
-    count = sum(not (folder / job["file"]).is_file() for job in jobs)
-    start, sampler = time.perf_counter(), {"sampler": settings["sampler"]}
-    render_jobs(pipeline, jobs, folder, settings, batch_size=batch_size,
-                prior_options={"prior_cond_scale": settings["prior_cond_scale"],
-                               "num_candidates": settings["num_candidates"],
-                               "sample_timesteps": steps[0], **sampler},
-                options={"cond_scale": settings["cond_scale"], "sample_timesteps": steps[1:],
-                         "lowres_noise_level": settings["lowres_noise_level"], **sampler})
+    call that rendered any to its end; None where there was none, and in all processes but one."""
+    count, pace = sum(not (folder / job.file).is_file() for job in jobs), folder / "seconds.json"
+    start = time.perf_counter()
+    render_jobs(pipeline, jobs, folder, settings, options, batch_size=batch_size)
+    if not join_processes().is_main_process:
+        return None
     if count:
         seconds = (time.perf_counter() - start) / count
         replace_file(pace, lambda part: part.write_text(f"{seconds}"))
@@ -217,21 +227,24 @@ def render(pipeline, jobs, folder, settings, batch_size):
 # scoring
 
 
-def score_folder(judge, jobs, folder, settings, captions, photos):
-    """The metrics of the rendered jobs in `folder`, and its pictures as Photos under "rendered".
+def embed_pictures(judge, jobs, folder):
+    """Photos of the rendered jobs in `folder`; UserError where one cannot be read."""
+    pictures = judge.embed_files([folder / job.file for job in jobs], "pictures")
+    for row in set(range(len(jobs))) - set(pictures.rows):
+        raise UserError(f"{folder / jobs[row].file} cannot be read; delete it", "output_dir")
+    return pictures
+
+
+def score_pictures(pictures, jobs, folder, settings, captions, photos):
+    """The metrics of `pictures`, Photos of all jobs, and those of the captions under "rendered".
     Writes manifest.json."""
     count = len(captions.own)
     first = min(NUM_DIVERSITY_CAPTIONS, count)
-    everything = judge.embed_files([folder / job["file"] for job in jobs], "pictures")
-    for row in set(range(len(jobs))) - set(everything.rows):
-        raise UserError(f"{folder / jobs[row]['file']} cannot be read; delete it", "output_dir")
-    embed, more = everything.embed[:count], everything.embed[count:]
-    features = None if everything.features is None else everything.features[:count]
+    embed, more = pictures.embed[:count], pictures.embed[count:]
+    features = None if pictures.features is None else pictures.features[:count]
     cosine = (embed * captions.text_embed[captions.own]).sum(-1).tolist()
-    entries = [{**{name: job[name] for name in ("file", "caption", "image_id", "seed")},
-                "clip_score": round(score, 4)} for job, score in zip(jobs, cosine)]
-    replace_file(folder / "manifest.json", lambda part: part.write_text(json.dumps(
-        {"settings": settings, "images": entries}, indent=1, ensure_ascii=False)))
+    save_manifest(folder, settings, [{**job.describe(), "clip_score": round(score, 4)}
+                                     for job, score in zip(jobs, cosine)])
     cmmd, error = metrics.compute_cmmd(embed, photos.embed)
     diversity = metrics.compute_diversity(torch.cat(
         [embed[:first, None], more.view(first, -1, embed.shape[1])], 1)) if len(more) else None
@@ -244,9 +257,9 @@ def score_folder(judge, jobs, folder, settings, captions, photos):
 # results
 
 
-def write_evaluation(args, result, rows, captions, photos, judge):
-    """evaluation.json and evaluation.md; the table is printed too."""
-    row, notes = rows[0], result["warnings"]
+def write_evaluation(args, result, row, captions, photos, train_embed):
+    """evaluation.json and evaluation.md; the table is printed too. train_embed: (T, D) or None."""
+    notes = result["warnings"]
     rendered = row.pop("rendered")
     row |= captions.compare_photos(photos) | {"fid": None, "kid": None, "kid_std": None}
     if rendered.features is not None:
@@ -254,8 +267,7 @@ def write_evaluation(args, result, rows, captions, photos, judge):
         if row["pictures"] < MIN_FID_IMAGES:
             notes.warn(f"FID of {row['pictures']} pictures means nothing: below {MIN_FID_IMAGES} "
                        "read CMMD or KID")
-    if args.train_img_path:
-        train_embed = embed_train(args, judge, notes)
+    if train_embed is not None:
         own = {row: at for at, row in enumerate(photos.rows)}
         row |= metrics.compute_memorization(
             rendered.embed, train_embed, photos.embed,
@@ -267,9 +279,9 @@ def write_evaluation(args, result, rows, captions, photos, judge):
     write_results(args.output_dir, "evaluation", result, format_table([row]))
 
 
-def write_sweep(args, result, rows, captions, photos, judge):
+def write_sweep(args, result, rows, captions, photos):
     """sweep.json, sweep.md and sweep.png; the table is printed too."""
-    rows = [{name: row[name] for name in COLUMNS if name in row} | {"steps": tell_steps(row)}
+    rows = [{name: row[name] for name in COLUMNS if name in row} | {"steps": format_steps(row)}
             for row in rows]
     best, true = min(rows, key=lambda row: row["cmmd"]), captions.compare_photos(photos)
     close = sum(row["cmmd"] - best["cmmd"] <= best["cmmd_error"] for row in rows) - 1
@@ -279,10 +291,10 @@ def write_sweep(args, result, rows, captions, photos, judge):
     save_tradeoff(rows, Path(args.output_dir) / "sweep.png", label=varied[0], best=best,
                   series=lambda row: ", ".join(f"{name} {row[name]}" for name in varied[1:]),
                   photos=true["photo_clip_score"])
-    told = (f"\nbest, by the lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale "
+    summary = (f"\nbest, by the lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale "
             f"{best['prior_cond_scale']:g}, sample_timesteps {best['steps']}; {close} of the "
             f"{len(rows) - 1} others lie within its standard error\n")
-    write_results(args.output_dir, "sweep", result, format_table(rows) + told)
+    write_results(args.output_dir, "sweep", result, format_table(rows) + summary)
 
 
 def write_results(output_dir, name, result, table):
@@ -290,14 +302,14 @@ def write_results(output_dir, name, result, table):
     output_dir, clip = Path(output_dir), result["clip"]["judge"]
     weights = clip["clip_pretrained"]  # of a file the model's name may be anything
     model = weights if Path(weights).suffix else f"{clip['clip_model']} {weights}"
-    told = (f"\nCLIP {model} ({clip['fingerprint']}); "
+    notes = (f"\nCLIP {model} ({clip['fingerprint']}); "
             f"{result['counts']['reference_photos']} reference photos; R-precision against "
             f"{result['counts']['other_captions']} other captions; CMMD: unbiased estimate\n"
             + "".join(f"\nwarning: {note}\n" for note in result["warnings"]))
     for ending, text in ((".json", json.dumps(result, indent=1, ensure_ascii=False)),
-                         (".md", table + told)):
+                         (".md", table + notes)):
         replace_file(output_dir / f"{name}{ending}", lambda part: part.write_text(text))
-    print(f"{table}{told}\n{output_dir}: {name}.json, {name}.md")
+    print(f"{table}{notes}\n{output_dir}: {name}.json, {name}.md")
 
 
 def format_table(rows):
@@ -305,7 +317,7 @@ def format_table(rows):
     names = [name for name in COLUMNS if name in rows[0]]
     lines = [[COLUMNS[name][0] for name in names], ["---:"] * len(names)]
     for row in rows:
-        row = {**row, "sample_timesteps": tell_steps(row)}
+        row = {**row, "sample_timesteps": format_steps(row)}
         lines.append(["–" if row[name] is None else COLUMNS[name][1].format(row[name])
                       for name in names])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -315,15 +327,17 @@ def format_table(rows):
 # small things
 
 
-def tell_steps(settings):
+def format_steps(settings):
     """[5, 5, 5] -> "5"; [10, 10, 2] -> "10+10+2"."""
     steps = settings["sample_timesteps"]
     return str(steps[0]) if len(set(steps)) == 1 else "+".join(map(str, steps))
 
 
-def describe_device(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" \
+def describe_device(device, num_processes):
+    """What a time depends on: "2 x CPU, 1 threads"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" \
         else f"CPU, {torch.get_num_threads()} threads"
+    return name if num_processes == 1 else f"{num_processes} x {name}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Photos changed by one's own checkpoints: `python -m dalle2.tools.explore COMMAND --photo FILE`.
 
-Section 3 of Ramesh et al. 2022 (arXiv 2204.06125). A photo is told by two things: its CLIP image
+Section 3 of Ramesh et al. 2022 (arXiv 2204.06125). Two things describe a photo: its CLIP image
 embedding, and the noise x_T from which DDIM draws it again in the decoder's first stage. A command
 changes one or the other and writes one JPEG strip of 256 px pictures. The later stages work as in
 test_dalle2.py.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,12 +26,16 @@ from dalle2.images import (
 )
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
+from dalle2.rowwise import in_groups
 from dalle2.sampling import (
-    SAMPLER,
+    GROUP,
+    SampleOptions,
     build_denoiser,
     compute_levels,
     draw_part,
     invert_ddim,
+    sample_ddim,
+    sample_images,
 )
 
 INVERSION_STEPS = 50  # at least; squared error of the toy decoder with 10: .0023, 50, 250: .0015
@@ -49,8 +54,8 @@ def parse_args():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True,
                                      parser_class=build_command_parser)
     for name, function in COMMANDS.items():
-        told = " ".join(function.__doc__.split("\n\n")[0].split())
-        command = commands.add_parser(name, help=told, description=told)
+        summary = " ".join(function.__doc__.split("\n\n")[0].split())
+        command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("--photo", action="append", required=True,
                              help="a picture file" + "; give it twice" * (name in TWO_PHOTOS))
         if name == "textdiff":
@@ -201,16 +206,25 @@ def slerp(a, b, t):
 def invert(pipeline, photos, image_embed, args):
     """The first stage's noise x_T (B, 3, h, w) for photos (B, 3, 256, 256) uint8 and image_embed
     (B, D): DDIM backwards, guided as `decode` is, in INVERSION_STEPS or more. A photo alone."""
-    config, found = pipeline.unet_configs[0], []
-    for photo, embed in zip(photos.to(image_embed.device).split(1), image_embed.split(1)):
-        denoise = build_denoiser(pipeline.unets[0], config, embed, args.cond_scale)
-        x_start = resize(photo, config.image_size) / 127.5 - 1
-        noise = draw_part([args.seed], x_start.shape[1:], x_start.device, "invert")
-        levels = compute_levels(build_diffusion(config, "cpu"),
+    stage, photos = pipeline.stages[0], photos.to(image_embed.device)
+
+    def invert_photo(photo, embed):
+        denoise = build_first_denoiser(stage, embed, args)
+        x_start = resize(photo, stage.config.image_size) / 127.5 - 1
+        noise = draw_part([args.seed] * len(photo), x_start.shape[1:], x_start.device, "invert")
+        levels = compute_levels(build_diffusion(stage.config, "cpu"),
                                 max(INVERSION_STEPS, args.sample_timesteps or 0))
         x_t, levels = find_start(denoise, x_start, noise, levels)
-        found.append(invert_ddim(denoise, x_t, levels))
-    return torch.cat(found)
+        return invert_ddim(denoise, x_t, levels)
+    return torch.cat([in_groups(invert_photo, GROUP)(photo, embed)
+                      for photo, embed in zip(photos.split(1), image_embed.split(1))])
+
+
+def build_first_denoiser(stage, image_embed, args):
+    """denoise(x_t, level) of the first stage, guided by --cond_scale."""
+    options = SampleOptions(cond_scale=args.cond_scale).fill(stage.config)
+    return build_denoiser(stage.unet, stage.config, {"image_embed": image_embed},
+                          options.cond_scale)
 
 
 def find_start(denoise, x_start, noise, levels):
@@ -229,14 +243,20 @@ def find_start(denoise, x_start, noise, levels):
     return x_t, [*levels[:index + 1], levels[-1]]
 
 
+@torch.no_grad()
 def decode(pipeline, image_embed, x_t, seeds, args, eta=0.0):
     """image (B, 3, 256, 256) in [0, 1] of image_embed (B or 1, D) and the first stage's noise x_t
     (B or 1, 3, h, w), by DDIM; seeds: B, of all other noise."""
-    later = [None] * len(pipeline.unets[1:])
-    return pipeline.sample_images(
-        image_embed.expand(len(seeds), -1), seeds, noise=x_t.expand(len(seeds), -1, -1, -1),
-        cond_scale=args.cond_scale, sample_timesteps=[args.sample_timesteps, *later],
-        sampler=["ddim", *(SAMPLER for _ in later)], eta=eta)
+    first, *later = pipeline.stages
+    levels = compute_levels(build_diffusion(first.config, "cpu"),
+                            args.sample_timesteps or first.config.sample_timesteps)
+
+    def sample_first(embed, x_t, seeds):
+        draw = partial(draw_part, seeds, x_t.shape[1:], x_t.device, "unet", 1)
+        return sample_ddim(build_first_denoiser(first, embed, args), x_t, levels, draw, eta)
+    x_start = in_groups(sample_first, GROUP)(
+        image_embed.expand(len(seeds), -1), x_t.expand(len(seeds), -1, -1, -1), seeds)
+    return sample_images(later, (x_start.clamp(-1, 1) + 1) / 2, seeds)
 
 
 def join(*parts):
