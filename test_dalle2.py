@@ -1,6 +1,5 @@
 """Renders captions to 256x256 JPEGs: caption -> prior -> CLIP image embedding -> decoder."""
 
-import json
 import os
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 from dalle2 import cli
 from dalle2.config import UserError
 from dalle2.data import load_image
-from dalle2.files import replace_file
-from dalle2.gallery import write_gallery
+from dalle2.files import hold_lock
+from dalle2.gallery import read_manifest, write_gallery, write_manifest
 from dalle2.images import arrange, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.prepare import prepare_store
@@ -50,7 +49,8 @@ def parse_args():
     how.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a CPU, what "
                      "fits on a GPU)")
     where = parser.add_argument_group("where")
-    where.add_argument("--output_dir", default="result", help="goes on with what is there")
+    where.add_argument("--output_dir", default="result", help="goes on with what is there; "
+                       "pictures of earlier calls stay in manifest, gallery and grid")
     where.add_argument("--train_img_path", help="with --train_annot_path: the gallery shows the "
                        "nearest training picture, to see what is memorised")
     where.add_argument("--train_annot_path")
@@ -62,6 +62,7 @@ def main():
     args = parse_args()
     check_flags(args)
     jobs = list_jobs(args)
+    read_manifest(args.output_dir)  # a damaged one is told before anything is rendered
     pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
     state, output_dir = join_processes(), Path(args.output_dir)
@@ -75,16 +76,21 @@ def main():
                  "sampler": args.sampler, "thresholding": args.thresholding})
     if not state.is_main_process:
         return
-    photos = [job["photo"] for job in jobs]
+    entries = [entry if job["photo"] is None else
+               {**entry, "photo": os.path.relpath(job["photo"], output_dir)}
+               for entry, job in zip(entries, jobs)]
+    files = {entry["file"] for entry in entries}
     if args.rerank:
-        entries, photos = zip(*pick_best(entries, photos, args.samples_per_prompt))
-    nearest = find_nearest(args, pipeline, output_dir, entries) if args.train_annot_path else None
+        entries = pick_best(entries, args.samples_per_prompt)
+    nearest = find_nearest(args, pipeline, output_dir, entries) if args.train_annot_path else []
     settings |= {"seed": args.seed, "rerank_of": args.samples_per_prompt if args.rerank else 1}
-    replace_file(output_dir / "manifest.json", lambda part: part.write_text(json.dumps(
-        {"settings": settings, "images": entries}, indent=1, ensure_ascii=False)))
-    write_gallery(output_dir / "index.html", entries, settings, photos, nearest)
-    write_grid(output_dir, entries, 1 if args.rerank else args.samples_per_prompt)
-    print(f"{output_dir}: {len(entries)} pictures, manifest.json, index.html, grid.jpg; "
+    with hold_lock(output_dir / ".manifest.lock",
+                   told=f"waiting for another process that writes {output_dir}/manifest.json"):
+        shown = write_manifest(output_dir, settings, entries, files)
+        write_gallery(output_dir / "index.html", shown, settings, nearest)
+        write_grid(output_dir, shown, 1 if args.rerank else args.samples_per_prompt)
+    earlier = f" and {len(shown) - len(entries)} earlier ones" if len(shown) > len(entries) else ""
+    print(f"{output_dir}: {len(entries)} pictures{earlier}, manifest.json, index.html, grid.jpg; "
           f"mean CLIP score {sum(e['clip_score'] for e in entries) / len(entries):.4f}")
 
 
@@ -140,11 +146,10 @@ def describe_settings(args, pipeline, sample_timesteps):
             "clip": pipeline.header["clip"], "mixed_precision": pipeline.precision}
 
 
-def pick_best(entries, photos, count):
-    """(entry, photo) of the best CLIP score of each `count` in a row."""
-    pairs = list(zip(entries, photos))
-    return [max(pairs[i:i + count], key=lambda pair: pair[0]["clip_score"])
-            for i in range(0, len(pairs), count)]
+def pick_best(entries, count):
+    """The entry of the best CLIP score of each `count` in a row."""
+    return [max(entries[i:i + count], key=lambda entry: entry["clip_score"])
+            for i in range(0, len(entries), count)]
 
 
 def find_nearest(args, pipeline, output_dir, entries):
@@ -166,7 +171,8 @@ def find_nearest(args, pipeline, output_dir, entries):
 
 
 def write_grid(output_dir, entries, samples_per_prompt):
-    """`grid.jpg` of the first 64 pictures at 128 px, the samples of a prompt in one row."""
+    """`grid.jpg` of the first 64 pictures at 128 px, the samples of this call's prompts in one row
+    each."""
     pictures = [load_image(output_dir / entry["file"], 128) / 255 for entry in entries[:64]]
     columns = samples_per_prompt if samples_per_prompt > 1 else 8
     save_jpeg(arrange(torch.stack(pictures), columns), output_dir / "grid.jpg")

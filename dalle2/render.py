@@ -32,7 +32,8 @@ def list_coco_jobs(annot_path, img_path, seed, num_images=None):
 
 def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_photos=False,
                 prior_options=None, options=None):
-    """Renders what `output_dir` does not hold yet; the processes of a launch share the work.
+    """Renders what `output_dir` does not hold yet; the processes of a launch share the work. What
+    it holds of other captions stays.
 
     jobs: list of {"caption", "image_id", "photo", "seed"}, and "file" where it is not to be named
     after its caption (.png or .jpg); settings: what the pictures depend on besides, as JSON:
@@ -46,11 +47,13 @@ def render_jobs(pipeline, jobs, output_dir, settings, *, batch_size=None, from_p
     state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    stems = make_unique_stems([job["caption"] for job in jobs])
-    jobs = [{"file": f"{stem}.jpg", **job} for job, stem in zip(jobs, stems)]
     # one process looks: another may look later, when some of the work is done
-    (done,) = broadcast_object_list(
-        [read_records(output_dir, digest) if state.is_main_process else None])
+    (records,) = broadcast_object_list(
+        [read_records(output_dir) if state.is_main_process else None])
+    stems = make_unique_stems([job["caption"] for job in jobs], {
+        Path(entry["file"]).stem: entry["caption"] for _, entry in records})
+    jobs = [{"file": f"{stem}.jpg", **job} for job, stem in zip(jobs, stems)]
+    done = {get_key(entry): entry for made_with, entry in records if made_with == digest}
     todo = [job for job in jobs if get_key(job) not in done]
     if len(todo) < len(jobs):
         state.print(f"{output_dir}: {len(jobs) - len(todo)} of {len(jobs)} rendered already")
@@ -127,9 +130,9 @@ def check_finite(values, batch, precision, flag, name):
     raise UserError(f"{flag}: {told}: the file is damaged, or its training diverged")
 
 
-def read_records(output_dir, digest):
-    """{key: entry} of the pictures in `output_dir` that were last rendered with settings of
-    `digest`."""
+def read_records(output_dir):
+    """[(digest of the settings, entry)] of the pictures in `output_dir`, as they were last
+    rendered."""
     newest = {}
     for path in Path(output_dir).glob(".rendered-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -137,11 +140,11 @@ def read_records(output_dir, digest):
                 entry = json.loads(line)
             except ValueError:  # cut off
                 continue
-            moment = entry.pop("time", 0)
+            moment, digest = entry.pop("time", 0), entry.pop("digest")
             if moment >= newest.get(entry["file"], (0,))[0]:
-                newest[entry["file"]] = moment, entry
-    return {get_key(entry): entry for _, entry in newest.values()
-            if entry.pop("digest") == digest and os.path.isfile(Path(output_dir) / entry["file"])}
+                newest[entry["file"]] = moment, digest, entry
+    return [(digest, entry) for _, digest, entry in newest.values()
+            if os.path.isfile(Path(output_dir) / entry["file"])]
 
 
 def get_key(entry):
