@@ -75,7 +75,7 @@ def test_a_line_that_was_cut_off_is_rendered_again(tmp_path):
     save_jpeg(torch.zeros(3, 8, 8), tmp_path / "a.jpg")
     (tmp_path / ".rendered-0.jsonl").write_text(
         '{"digest": "d", "file": "a.jpg", "caption": "a", "seed": 1}\n{"digest": "d", "fil')
-    assert list(read_records(tmp_path, "d")) == [("a.jpg", "a", 1)]
+    assert read_records(tmp_path) == [("d", {"file": "a.jpg", "caption": "a", "seed": 1})]
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_not_tried_again(tmp_path):
@@ -104,7 +104,7 @@ def test_a_late_process_renders_what_the_first_left_to_it(tmp_path, monkeypatch)
     first = render_jobs(FakePipeline(), JOBS, tmp_path, {}, [])
     state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, print=print)
     monkeypatch.setattr("dalle2.render.join_processes", lambda: state)
-    monkeypatch.setattr("dalle2.render.broadcast_object_list", lambda objects: [{}])
+    monkeypatch.setattr("dalle2.render.broadcast_object_list", lambda objects: [[]])
     monkeypatch.setattr("dalle2.render.gather_object", lambda own: [*first[::2], *own])
     late = FakePipeline()
     assert render_jobs(late, JOBS, tmp_path, {}, [], batch_size=2) == first
