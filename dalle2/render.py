@@ -32,7 +32,7 @@ class Job:
 
     caption: str
     image_id: int | None
-    photo: Path | None
+    photo: str | None
     seed: int
     file: str
 

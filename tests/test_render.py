@@ -40,7 +40,7 @@ class FakePipeline:
 
 
 JOBS = [replace(job, seed=n, image_id=n) for n, job in enumerate(
-    list_jobs([(f"caption {n}", None, None) for n in range(4)], 0, samples_per_prompt=2)[:7])]
+    list_jobs([(f"caption {n}", None, None) for n in range(4)], 0, 2, "no such folder")[:7])]
 
 
 def test_an_interrupted_rendering_goes_on_where_it_stopped(tmp_path):
@@ -126,4 +126,4 @@ def test_pictures_are_drawn_and_judged_in_the_precision_asked_for(tmp_path):
 
 def test_the_best_of_each_caption_is_picked():
     entries = [{"clip_score": score} for score in (1, 2, 5, 4)]
-    assert pick_best(JOBS[:4], entries, 2) == (JOBS[1:3], entries[1:3])
+    assert pick_best(entries, 2) == entries[1:3]
