@@ -12,6 +12,7 @@ from PIL import Image
 from dalle2.gallery import write_gallery
 from dalle2.images import save_jpeg
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") \
     or shutil.which("google-chrome")
 
