@@ -1,8 +1,8 @@
 # Sourced by the other scripts, from the root of the repository. Sets PY to the interpreter to use.
-#   VENV=/path         use this environment, made there if it does not exist; without it: an active
-#                      environment that has the packages, or else .venv
-#   PYTHON=python3.12  the interpreter that a new environment is made with
-# `need FILE...` installs requirements files, once each; it runs again when a file changes.
+#   VENV=/path         use this environment and create it if it does not exist; if VENV is not set:
+#                      .venv, or the active environment if it has the packages and .venv is missing
+#   PYTHON=python3.12  the interpreter for creating a new environment
+# `need FILE...` installs requirements files; it does nothing for a file that has not changed since.
 set -eu
 
 if [ -z "${VENV:-}" ]; then

@@ -1,6 +1,6 @@
-# Sourced by train_prior.sh and train_decoder.sh. Replaces the shell by a training script on
-# whatever is there: the CPU or one GPU directly, several GPUs with `accelerate launch`. LAUNCH_ARGS
-# holds arguments of `accelerate launch` for anything else (several machines).
+# Sourced by train_prior.sh and train_decoder.sh. `launch SCRIPT FLAG...` replaces the shell by that
+# training script: on the CPU or on one GPU directly, on several GPUs with `accelerate launch`.
+# LAUNCH_ARGS holds other arguments for `accelerate launch`, for example for several machines.
 set -eu
 
 launch() {

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Trains the decoder on COCO 2014 (data/coco_download.py fetches it), or on what the flags name:
-# `python train_decoder.py --help`. Every stage in turn; --unet_number trains one. The same command
-# resumes.
-# Hardware: preset base (default) one 80 GB GPU or several smaller, small one 12 GB GPU, toy 2 cores.
-# Disk: 16 GB for the store of pictures, 9 GB for the embeddings, once, for prior and decoder.
+# Trains the decoder on COCO 2014 (data/coco_download.py fetches it), or on other data that flags
+# name (`python train_decoder.py --help`). Trains one stage after the other, or the one that
+# --unet_number names. The same command resumes.
+# Hardware: one 80 GB GPU or several smaller ones for the preset base (default), one 12 GB GPU for
+# small, 2 CPU cores for toy. On GPUs no preset has been run yet.
+# Disk: 27 GB for the prepared store, which prior and decoder share, beside 20 GB for COCO.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

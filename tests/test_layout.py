@@ -7,8 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
-    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise",
-     "sharding", "validation"},
+    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise", "sharding", "validation"},
     {"config", "files", "logger", "optimizer", "processes"},
     {"checkpoint", "plots", "gallery", "data"},
     {"ema", "clip", "models", "sampling", "prepare"},

@@ -77,7 +77,7 @@ def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None,
     for name, part in parts.items():
         setattr(task, name, part)
     with contextlib.suppress(KeyboardInterrupt), \
-            patch("dalle2.train_loop.save_curves", save_curves or (lambda *paths: None)):
+            patch("dalle2.run_folder.save_curves", save_curves or (lambda *paths: None)):
         train(task=task, module=module, run_dir=folder, accelerator=Accelerator(cpu=True),
               log_with="none")
     path = folder / "metrics.jsonl"  # the first process writes it
