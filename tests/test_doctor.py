@@ -55,6 +55,7 @@ def test_bad_data_is_told_with_what_to_do(run_doctor, clip_path, tmp_path, monke
              "--val_annot_path", "", "--clip_pretrained", str(clip_path),
              "--store_dir", str(tmp_path)]
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
+    monkeypatch.setattr(doctor, "time_step", lambda *args: (8, 0.4, 0.5))
     _, lines = run_doctor(*flags)
     assert "1 pictures are missing" in find(lines, "train:")
     assert find(lines, "b.jpg: ").startswith("warning")

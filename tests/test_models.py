@@ -150,6 +150,7 @@ def test_neighbouring_timesteps_differ_in_bf16():
         assert one.equal(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prior", "unet"])
 def test_networks_compile_as_one_graph_once(name):
     """No graph break, and no second compilation from step to step."""

@@ -147,7 +147,7 @@ def check_clip(args, records, pictures, preset, report):
     try:
         clip = cli.load_clip(args)
     except UserError as error:
-        report.error(str(error))
+        report.error(f"--{error}")  # an argument of load_clip is a flag of the same name
         return None
     report.ok(f"CLIP {args.clip_model} {args.clip_pretrained}: {clip.image_size} px, embedding "
               f"{clip.embed_dim}, text width {clip.text_width}")
