@@ -55,6 +55,7 @@ def test_bad_data_is_told_with_what_to_do(run_doctor, clip_path, tmp_path, monke
              "--val_annot_path", "", "--clip_pretrained", str(clip_path),
              "--store_dir", str(tmp_path)]
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
+    monkeypatch.setattr(doctor, "time_step", lambda *args: (8, 0.4, 0.5))
     _, lines = run_doctor(*flags)
     assert "1 pictures are missing" in find(lines, "train:")
     assert find(lines, "b.jpg: ").startswith("warning")
@@ -84,12 +85,12 @@ def test_as_many_rows_are_timed_as_pay(monkeypatch, cost, most, told):
 
 def test_training_time_counts_rows_updates_and_devices(monkeypatch, capsys):
     train = replace(PRESETS["toy"].prior.train, num_steps=3600, batch_size=100,
-                    gradient_accumulation_steps=5)
+                    device_batch_size=20)
     preset = replace(PRESETS["toy"], prior=replace(PRESETS["toy"].prior, train=train),
                      decoder=DecoderConfig(unets=()))
     asked = []
     monkeypatch.setattr(doctor, "time_step", lambda *args: asked.append(args[-1]) or (8, 0.4, 0.5))
-    for devices, most, hours in ((0, 20, "5.5"), (4, 5, "1.8")):
+    for devices, most, hours in ((0, 20, "5.5"), (4, 20, "1.8")):
         monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)
         doctor.estimate_training(preset, 128, doctor.Report())
         assert asked.pop() == most and f"prior: about {hours} hours" in capsys.readouterr().out

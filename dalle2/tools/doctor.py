@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from dalle2 import cli
 from dalle2.config import PRESETS
 from dalle2.data import load_captions
-from dalle2.errors import UserError
+from dalle2.errors import UserError, rename_argument
 from dalle2.images import STORE_IMAGE_SIZE, load_image
 from dalle2.models import build_prior, build_unet
 from dalle2.optimizer import build_optimizers
@@ -94,7 +94,8 @@ def check_captions(args, report):
         if split == "val" and not annot_path:
             report.warning("no validation split: give --val_annot_path, to see over-training")
             continue
-        records = load_captions(annot_path, img_path, split)
+        with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
+            records = load_captions(annot_path, img_path)
         counts = [len(record.captions) for record in records]
         missing = [r.path for r in records if not os.path.isfile(r.path)]
         report.check(not missing, f"{split}: {len(records)} pictures, {sum(counts)} captions, "
@@ -146,7 +147,7 @@ def check_clip(args, records, pictures, preset, report):
     try:
         clip = cli.load_clip(args)
     except UserError as error:
-        report.error(str(error))
+        report.error(f"--{error}")  # an argument of load_clip is a flag of the same name
         return None
     report.ok(f"CLIP {args.clip_model} {args.clip_pretrained}: {clip.image_size} px, embedding "
               f"{clip.embed_dim}, text width {clip.text_width}")
@@ -231,8 +232,7 @@ def estimate_training(preset, embed_dim, report):
     for name, network, train, draw_inputs in jobs:
         share = math.ceil(train.batch_size / devices)  # rows that one device computes in a step
         rows, seconds, update = time_step(
-            network.to(device), train, draw_inputs,
-            math.ceil(share / train.gradient_accumulation_steps))
+            network.to(device), train, draw_inputs, min(share, train.device_batch_size or share))
         hours = (seconds / rows * share + update) * train.num_steps / 3600
         told = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
         report.check(hours < 24 * 30, f"{name}: about {told} for {train.num_steps} steps of "
