@@ -27,7 +27,7 @@ def parse_args():
     add_caption_flags(parser)
     add_sample_flags(parser)
     where = parser.add_argument_group("where")
-    where.add_argument("--output_dir", default="result", help="goes on with what is there")
+    where.add_argument("--output_dir", default="result", help="resumes what is there")
     where.add_argument("--train_img_path", help="with --train_annot_path: the gallery shows the "
                        "nearest training picture, to see what is memorised")
     where.add_argument("--train_annot_path")
