@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from accelerate import PartialState
-
 from dalle2 import cli
 from dalle2.errors import UserError
-from dalle2.gallery import write_gallery, write_grid
+from dalle2.files import hold_lock
+from dalle2.gallery import read_manifest, write_gallery, write_grid, write_manifest
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.processes import join_processes
 from dalle2.render import (
     add_caption_flags,
+    add_photos,
     add_sample_flags,
     find_nearest,
     list_captions,
@@ -17,7 +18,6 @@ from dalle2.render import (
     pick_best,
     read_options,
     render_jobs,
-    save_manifest,
 )
 
 
@@ -27,7 +27,8 @@ def parse_args():
     add_caption_flags(parser)
     add_sample_flags(parser)
     where = parser.add_argument_group("where")
-    where.add_argument("--output_dir", default="result", help="resumes what is there")
+    where.add_argument("--output_dir", default="result", help="resumes what is in it; "
+                       "pictures of earlier calls stay in manifest, gallery and grid")
     where.add_argument("--train_img_path", help="with --train_annot_path: the gallery shows the "
                        "nearest training picture, to see what is memorised")
     where.add_argument("--train_annot_path")
@@ -40,28 +41,34 @@ def parse_args():
 
 def main():
     args = parse_args()
-    jobs = list_jobs(list_captions(args), args.seed, args.samples_per_prompt)
+    join_processes()
+    jobs = list_jobs(list_captions(args), args.seed, args.samples_per_prompt, args.output_dir)
+    read_manifest(args.output_dir)  # a damaged one is refused before anything is rendered
     pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     options = read_options(args, pipeline)
     settings = pipeline.describe_settings(options) | {
         "init_from_true_embedding": args.init_from_true_embedding}
     entries = render_jobs(pipeline, jobs, args.output_dir, settings, options,
                           batch_size=args.batch_size, from_photos=args.init_from_true_embedding)
-    if not PartialState().is_main_process:
+    if not join_processes().is_main_process:
         return
 
-    # ---- what is shown of them
+    # ---- what the folder shows
     output_dir, num_samples = Path(args.output_dir), args.samples_per_prompt
     settings |= {"prior_ckpt": args.prior_ckpt, "decoder_ckpt": args.decoder_ckpt,
                  "seed": args.seed, "rerank_of": num_samples if args.rerank else 1}
+    entries = add_photos(entries, jobs, output_dir)
+    files = {entry["file"] for entry in entries}
     if args.rerank:
-        (jobs, entries), num_samples = pick_best(jobs, entries, num_samples), 1
+        entries, num_samples = pick_best(entries, num_samples), 1
     nearest = find_nearest(args, pipeline.clip, output_dir, entries)
-    save_manifest(output_dir, settings, entries)
-    write_gallery(output_dir / "index.html", entries, settings, [job.photo for job in jobs],
-                  nearest)
-    write_grid(output_dir, entries, num_samples)
-    print(f"{output_dir}: {len(entries)} pictures, manifest.json, index.html, grid.jpg; "
+    with hold_lock(output_dir / ".manifest.lock",
+                   told=f"waiting for another process that writes {output_dir}/manifest.json"):
+        shown = write_manifest(output_dir, settings, entries, files)
+        write_gallery(output_dir / "index.html", shown, settings, nearest)
+        write_grid(output_dir, shown, num_samples)
+    earlier = f" and {len(shown) - len(entries)} earlier ones" if len(shown) > len(entries) else ""
+    print(f"{output_dir}: {len(entries)} pictures{earlier}, manifest.json, index.html, grid.jpg; "
           f"mean CLIP score {sum(e['clip_score'] for e in entries) / len(entries):.4f}")
 
 

@@ -90,7 +90,7 @@ class PriorConfig:
     beta_schedule: str = setting("cosine", choices=("cosine", "linear"), help="noise schedule")
     text_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the captions that "
                                          "are dropped in training, so that guidance works")
-    sample_timesteps: int = setting(16, help="sampling steps")
+    sample_timesteps: int = setting(25, help="sampling steps")
     num_candidates: int = setting(2, help="embeddings sampled for a caption; the nearest to it is "
                                   "kept (sec. 2.2)")
     cond_scale: float = setting(1.0, least=0, help="guidance when sampling; 1 is none")

@@ -1,8 +1,10 @@
-"""`index.html`: rendered pictures beside their captions, true photos and nearest training pictures.
-One file, no server, no network. `grid.jpg`: the first pictures in one."""
+"""What a folder of rendered pictures holds: `manifest.json`; `index.html`, which shows them beside
+their captions, true photos and nearest training pictures, one file, no server, no network; and
+`grid.jpg`, the first pictures in one."""
 
 import html
 import io
+import json
 import os
 from base64 import b64encode
 from pathlib import Path
@@ -11,10 +13,12 @@ from urllib.parse import quote
 import torch
 from torchvision.transforms.v2 import functional as TF
 
+from dalle2.errors import UserError
 from dalle2.files import replace_file
 from dalle2.images import arrange, load_image, resize, save_jpeg
 
 MAX_SHOWN = 2000  # pictures on the page; the manifest names all
+SHOWN = {"file", "caption", "seed", "clip_score"}  # of an entry
 SETTINGS = "cond_scale", "prior_cond_scale", "sample_timesteps", "sampler", "seed"
 STYLE = """
 *{box-sizing:border-box}
@@ -68,14 +72,44 @@ show();
 """
 
 
-def write_gallery(path, entries, settings, photos, nearest=None):
-    """Writes the page. entries, settings: of the manifest; photos: a path or None for each;
-    nearest: (picture (3, H, W) uint8, cosine) for each, or None. Both are shown at 128 px inside
-    the page; of more than MAX_SHOWN pictures the first are shown."""
-    shown = entries[:MAX_SHOWN]
-    figures = "\n".join(_figure(number, entry, photo, near) for number, (entry, photo, near) in
-                        enumerate(zip(shown, photos, nearest or [None] * len(entries))))
-    summary = ", ".join(f"{name} {value}" for name, value in settings.items() if name in SETTINGS)
+def read_manifest(folder):
+    """{"settings", "images"} of manifest.json in `folder`; no images where there is none. Raises
+    UserError where it is something else."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        return {"settings": {}, "images": []}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if all(SHOWN <= entry.keys() for entry in manifest["images"]):
+            return {"settings": dict(manifest["settings"]), "images": manifest["images"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is damaged or no manifest of rendered pictures; move it away or "
+                    "choose another folder", "output_dir")
+
+
+def write_manifest(folder, settings, entries, files):
+    """Writes manifest.json: `settings` and `entries` of this call, behind them the entries of
+    earlier calls whose pictures are still in `folder` and none of `files`, which this call made
+    or found. An earlier entry of other settings holds its own. Returns all entries."""
+    folder, earlier, shown = Path(folder), read_manifest(folder), list(entries)
+    for entry in earlier["images"]:
+        made_with = entry.pop("settings", earlier["settings"])
+        if entry["file"] not in files and (folder / entry["file"]).is_file():
+            shown.append(entry if made_with == settings else {**entry, "settings": made_with})
+    replace_file(folder / "manifest.json", lambda part: part.write_text(json.dumps(
+        {"settings": settings, "images": shown}, indent=1, ensure_ascii=False), encoding="utf-8"))
+    return shown
+
+
+def write_gallery(path, entries, settings, nearest=()):
+    """Writes the page. entries, settings: of the manifest; a "photo" is named relative to the page;
+    nearest: (picture (3, H, W) uint8, cosine) for as many entries, the first ones. Both are shown
+    at 128 px inside the page; of more than MAX_SHOWN pictures the first are shown."""
+    folder, shown = Path(path).parent, entries[:MAX_SHOWN]
+    figures = "\n".join(_figure(folder, number, entry, near) for number, (entry, near) in
+                        enumerate(zip(shown, [*nearest, *[None] * len(shown)])))
+    summary = _describe(settings)
     options = "".join(f'<option value="{value}">{text}</option>' for value, text in (
         ("number 1", "in order"), ("score -1", "best CLIP score first"),
         ("score 1", "worst CLIP score first"),
@@ -92,20 +126,25 @@ def write_gallery(path, entries, settings, photos, nearest=None):
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
 
 
-def _figure(number, entry, photo, nearest):
+def _describe(settings):
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name in SETTINGS)
+
+
+def _figure(folder, number, entry, nearest):
     caption = html.escape(entry["caption"], quote=True)
     source = html.escape(quote(entry["file"]), quote=True)
     beside = ""
-    if photo and os.path.isfile(photo):
-        beside += _small("photo", load_image(photo, 128))
+    if "photo" in entry and os.path.isfile(folder / entry["photo"]):
+        beside += _small("photo", load_image(folder / entry["photo"], 128))
     if nearest:
         beside += _small(f"nearest in training, {nearest[1]:.2f}", resize(nearest[0], 128))
+    own = f'<br>{html.escape(_describe(entry["settings"]))}' if "settings" in entry else ""
     return (f'<figure data-caption="{caption.lower()}" data-number="{number}" '
             f'data-score="{entry["clip_score"]}" data-nearest="{nearest[1] if nearest else 0:.4f}">'
             f'<div class="row"><div class="rendered"><img src="{source}" alt="{caption}" '
             f'loading="lazy"></div>{beside}</div><figcaption>{caption}<br>'
-            f'<small>seed {entry["seed"]} · CLIP {entry["clip_score"]:.3f}</small></figcaption>'
-            '</figure>')
+            f'<small>seed {entry["seed"]} · CLIP {entry["clip_score"]:.3f}{own}</small>'
+            '</figcaption></figure>')
 
 
 def _small(title, image):
@@ -117,7 +156,8 @@ def _small(title, image):
 
 
 def write_grid(output_dir, entries, samples_per_prompt):
-    """`grid.jpg` of the first 64 pictures at 128 px, the samples of a prompt in one row."""
+    """`grid.jpg` of the first 64 pictures at 128 px, the samples of this call's
+    prompts in one row each."""
     pictures = [load_image(Path(output_dir) / entry["file"], 128) / 255 for entry in entries[:64]]
     columns = samples_per_prompt if samples_per_prompt > 1 else 8
     save_jpeg(arrange(torch.stack(pictures), columns), Path(output_dir) / "grid.jpg")

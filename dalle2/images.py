@@ -158,14 +158,16 @@ def make_file_stem(caption):
     return text
 
 
-def make_unique_stems(captions):
-    """`make_file_stem` of each caption, numbered where two would be the same but for case."""
-    seen, stems = {}, []
+def make_unique_stems(captions, taken=None):
+    """`make_file_stem` of each caption, numbered where two would be the same but for case, or where
+    `taken` {stem: caption} gives the name to another caption."""
+    owners = {stem.casefold(): caption for stem, caption in (taken or {}).items()}
+    used, numbers, stems = set(), {}, []
     for caption in captions:
         stem = candidate = make_file_stem(caption)
-        while candidate.casefold() in seen:
-            seen[stem.casefold()] += 1
-            candidate = f"{stem} ({seen[stem.casefold()]})"
-        seen[candidate.casefold()] = 1
+        while candidate.casefold() in used or owners.get(candidate.casefold(), caption) != caption:
+            numbers[stem.casefold()] = numbers.get(stem.casefold(), 1) + 1
+            candidate = f"{stem} ({numbers[stem.casefold()]})"
+        used.add(candidate.casefold())
         stems.append(candidate)
     return stems

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
+from dalle2.processes import join_processes, share_errors
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS, THRESHOLDS
 
@@ -32,7 +32,7 @@ class Job:
 
     caption: str
     image_id: int | None
-    photo: Path | None
+    photo: str | None
     seed: int
     file: str
 
@@ -134,11 +134,14 @@ def list_coco_captions(annot_path, img_path, num_images=None):
              record.image_id, record.path) for record in records]
 
 
-def list_jobs(captions, seed, samples_per_prompt=1):
-    """A Job for each of the samples of each of `captions`, of `list_captions`: named after the
-    caption, with a seed of its own."""
+def list_jobs(captions, seed, samples_per_prompt, output_dir):
+    """A Job for each of the samples of each of `captions`, of `list_captions`: with a seed of its
+    own, and named after the caption, unless `output_dir` holds another caption's picture of that
+    name. The same list in every process."""
+    (records,) = broadcast_object_list([read_records(output_dir)])
     rows = [row for row in captions for _ in range(samples_per_prompt)]
-    stems = make_unique_stems([caption for caption, _, _ in rows])
+    stems = make_unique_stems([caption for caption, _, _ in rows], {
+        Path(entry["file"]).stem: entry["caption"] for _, entry in records})
     return [Job(*row, seed=derive_seed(seed, index) % 2 ** 31, file=f"{stem}.jpg")
             for index, (row, stem) in enumerate(zip(rows, stems))]
 
@@ -149,7 +152,8 @@ def list_jobs(captions, seed, samples_per_prompt=1):
 
 def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=None,
                 from_photos=False):
-    """Renders what `output_dir` does not hold yet; the processes of a launch share the work.
+    """Renders what `output_dir` does not hold yet; the processes of a launch share the work. What
+    it holds of other captions stays.
 
     settings: what the pictures depend on besides their Job, as JSON: pictures of other settings are
     rendered again; options: of Pipeline.resolve_options; batch_size: None: 16 on a CPU, 256 on a
@@ -158,36 +162,31 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
     "clip_score"} in the order of `jobs`. Raises UserError, in all processes, where a picture is
     not finite; it is not saved.
     """
-    state, output_dir = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
+    state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     # one process looks: another may look later, when some of the work is done
-    (done,) = broadcast_object_list(
-        [read_records(output_dir, digest) if state.is_main_process else None])
+    (records,) = broadcast_object_list(
+        [read_records(output_dir) if state.is_main_process else None])
+    done = {get_key(entry): entry for made_with, entry in records if made_with == digest}
     todo = [job for job in jobs if get_key(job.describe()) not in done]
     if len(todo) < len(jobs):
         state.print(f"{output_dir}: {len(jobs) - len(todo)} of {len(jobs)} rendered already")
-    share, entries, problem = todo[state.process_index::state.num_processes], [], None
+    share, entries = todo[state.process_index::state.num_processes], []
     size = batch_size or (16 if pipeline.clip.device.type == "cpu" else 256)
-    with open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
+    with share_errors(), \
+            open(output_dir / f".rendered-{state.process_index}.jsonl", "a") as file, \
             tqdm(total=len(share), desc="rendering", unit=" pictures",
                  disable=not state.is_main_process or not todo,
                  mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-        try:
-            for batch, images, scores in render_batches(pipeline, share, size, options,
-                                                        from_photos):
-                for job, image, score in zip(batch, images, scores):
-                    save_image(image, output_dir / job.file)
-                    entries.append({**job.describe(), "clip_score": score})
-                    file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
-                               + "\n")
-                file.flush()
-                bar.update(len(batch))
-        except UserError as error:
-            problem = error
-    problems = [error for error in gather_object([problem]) if error]
-    if problems:
-        raise problems[0]
+        for batch, images, scores in render_batches(pipeline, share, size, options, from_photos):
+            for job, image, score in zip(batch, images, scores):
+                save_image(image, output_dir / job.file)
+                entries.append({**job.describe(), "clip_score": score})
+                file.write(json.dumps({"digest": digest, "time": time.time(), **entries[-1]})
+                           + "\n")
+            file.flush()
+            bar.update(len(batch))
     done |= {get_key(entry): entry for entry in gather_object(entries)}
     return [done[get_key(job.describe())] for job in jobs]
 
@@ -240,9 +239,9 @@ def check_finite(values, batch, precision, argument, name):
     raise UserError(f"{problem}: the file is damaged, or its training diverged", argument)
 
 
-def read_records(output_dir, digest):
-    """{key: entry} of the pictures in `output_dir` that were last rendered with settings of
-    `digest`."""
+def read_records(output_dir):
+    """[(digest of the settings, entry)] of the pictures in `output_dir`, as they were last
+    rendered."""
     newest = {}
     for path in Path(output_dir).glob(".rendered-*.jsonl"):
         for line in path.read_text().splitlines():
@@ -250,11 +249,11 @@ def read_records(output_dir, digest):
                 entry = json.loads(line)
             except ValueError:  # cut off
                 continue
-            moment = entry.pop("time", 0)
+            moment, digest = entry.pop("time", 0), entry.pop("digest")
             if moment >= newest.get(entry["file"], (0,))[0]:
-                newest[entry["file"]] = moment, entry
-    return {get_key(entry): entry for _, entry in newest.values()
-            if entry.pop("digest") == digest and os.path.isfile(Path(output_dir) / entry["file"])}
+                newest[entry["file"]] = moment, digest, entry
+    return [(digest, entry) for _, digest, entry in newest.values()
+            if os.path.isfile(Path(output_dir) / entry["file"])]
 
 
 def get_key(entry):
@@ -265,19 +264,25 @@ def get_key(entry):
 # afterwards
 
 
-def pick_best(jobs, entries, count):
-    """(jobs, entries) of the best CLIP score of each `count` in a row."""
-    rows = [max(range(start, start + count), key=lambda row: entries[row]["clip_score"])
-            for start in range(0, len(jobs), count)]
-    return [jobs[row] for row in rows], [entries[row] for row in rows]
+def pick_best(entries, count):
+    """The entry of the best CLIP score of each `count` in a row."""
+    return [max(entries[i:i + count], key=lambda entry: entry["clip_score"])
+            for i in range(0, len(entries), count)]
+
+
+def add_photos(entries, jobs, output_dir):
+    """The entries of `jobs` with the "photo" of their caption, relative to `output_dir`."""
+    return [entry if job.photo is None else
+            {**entry, "photo": os.path.relpath(job.photo, output_dir)}
+            for entry, job in zip(entries, jobs)]
 
 
 def find_nearest(args, clip, output_dir, entries):
     """[(picture (3, 256, 256) uint8, cosine)]: the training picture whose CLIP embedding is nearest
-    to that of each rendered one; None where --train_annot_path is not given. Puts file and cosine
+    to that of each rendered one; empty where --train_annot_path is not given. Puts file and cosine
     into the entries."""
     if not args.train_annot_path:
-        return None
+        return []
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, clip=clip)
     embeds = torch.from_numpy(np.array(store.image_embed)).float().to(clip.device)

@@ -65,7 +65,7 @@ def compute_levels(diffusion, sample_timesteps, discrete_time=False):
     first, and after them the clean picture.
 
     They are evenly spaced in half log-SNR, log(alpha / sigma) (Lu et al. 2022, arXiv 2206.00927,
-    sec. 3.4), where detail of any size gets as many steps as any other; the first step takes all
+    sec. 3.3), where detail of any size gets as many steps as any other; the first step takes all
     that is noisier than NOISE_ONLY. Between two timesteps of training the half log-SNR is
     interpolated linearly. discrete_time: for a network that knows whole timesteps alone. Levels are
     then rounded to them, and those that fall together are walked once.

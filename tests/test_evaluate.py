@@ -1,6 +1,8 @@
 """The evaluation command on untrained checkpoints: figures, resuming, the sweep, FID's plumbing."""
 
 import json
+import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +10,13 @@ import pytest
 import torch
 from helpers import TOY, change_unets, write_checkpoints, write_clip
 from PIL import Image
+from torch import multiprocessing
 
 from dalle2.clip import load_clip
+from dalle2.errors import UserError
 from dalle2.images import save_jpeg
-from dalle2.tools import metrics
+from dalle2.tools import evaluate as evaluation
+from dalle2.tools import judge, metrics
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,54 @@ def test_fid_and_kid_see_photos_as_real_and_pictures_as_fake(evaluate, monkeypat
         compute_fid_kid(sides["real"], sides["fake"])["fid"])
     assert found["metrics"]["kid"] is not None
     assert "FID of 10 pictures means nothing" in told
+
+
+def extract_means(image):
+    """In place of Inception."""
+    return torch.cat([image.float().mean((2, 3)), image.float().std((2, 3))], 1)
+
+
+def evaluate_alone(folder, flags):
+    judge.EMBED_BATCH_SIZE, metrics.load_inception = 5, lambda path, device: extract_means
+    sys.argv = ["evaluate", *map(str, flags), "--output_dir", str(folder / "out")]
+    torch.set_num_threads(1)
+    evaluation.main()
+
+
+def evaluate_together(rank, folder, flags):
+    """One process of two that evaluate, and are then refused with other settings."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2",
+                   "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                         world_size=2)
+    evaluate_alone(folder, flags)
+    with pytest.raises(UserError, match="seed: the pictures in"):
+        evaluate_alone(folder, [*flags, "--seed", 1])
+
+
+def test_two_processes_share_the_work_and_find_the_same_numbers(flags, toy, tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    for owner, name in ((judge, "EMBED_BATCH_SIZE"), (metrics, "load_inception"), (sys, "argv")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    more = [*flags, "--num_images", 7, "--samples_for_diversity", 2, "--fid", "--train_img_path",
+            toy / "train", "--train_annot_path", toy / "captions_train.json"]
+    results, threads = [], torch.get_num_threads()
+    evaluate_alone(tmp_path / "1", more)
+    torch.set_num_threads(threads)
+    (tmp_path / "2").mkdir()
+    multiprocessing.spawn(evaluate_together, (tmp_path / "2", more), nprocs=2)
+    for folder, device in ((tmp_path / "1", "CPU, 1 threads"),
+                           (tmp_path / "2", "2 x CPU, 1 threads")):
+        result = json.loads((folder / "out" / "evaluation.json").read_text())
+        assert result["metrics"].pop("seconds_a_picture") > 0
+        assert result.pop("device") == device and result["flags"].pop("output_dir")
+        pictures = {path.name: path.read_bytes() for path in folder.rglob("*.png")}
+        results.append((result, pictures, (folder / "out" / "manifest.json").read_text()))
+    assert results[0] == results[1] and len(pictures) == 14
+    assert result["metrics"]["fid"] > 0 and result["counts"]["train_photos"] == 64
+    shares = [len((folder / "out" / f".rendered-{rank}.jsonl").read_text().splitlines())
+              for rank in (0, 1)]
+    assert shares == [7, 7]
 
 
 def test_without_inception_fid_is_null_and_one_line_says_so(evaluate, monkeypatch, tmp_path):

@@ -220,7 +220,8 @@ def run_explore(run_script, checkpoints, tmp_path, toy):
         files = {f"--{name}": path for name, path in checkpoints.items()}
         return run_script("dalle2/tools/explore.py", command, *sum(files.items(), ()),
                           "--output_dir", tmp_path / "out", "--sample_timesteps", 3,
-                          "--cond_scale", 1, *(toy / flag if flag in (PHOTO, OTHER) else flag for flag in flags))
+                          "--cond_scale", 1,
+                          *(toy / flag if flag in (PHOTO, OTHER) else flag for flag in flags))
     return run
 
 

@@ -1,13 +1,18 @@
 """The gallery in a real browser, where there is one."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers import TOY, change_unets, check_refused, write_checkpoints
+from PIL import Image
 
 from dalle2.gallery import write_gallery
 from dalle2.images import save_jpeg
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") \
     or shutil.which("google-chrome")
 
@@ -21,9 +26,43 @@ def make_gallery(folder):
                         "seed": number, "clip_score": (number * 3 % 4) / 4})
     save_jpeg(torch.ones(3, 64, 64), folder / "photo.png")
     nearest = [(torch.zeros(3, 256, 256, dtype=torch.uint8), 0.1 * n) for n in (3, 1, 4, 2)]
-    write_gallery(folder / "index.html", entries, {"cond_scale": 2.0, "seed": 0},
-                  [folder / "photo.png", None, None, None], nearest)
+    entries[0]["photo"] = "photo.png"
+    write_gallery(folder / "index.html", entries, {"cond_scale": 2.0, "seed": 0}, nearest)
     return folder / "index.html"
+
+
+def test_a_folder_shows_the_pictures_of_all_calls_newest_first(run_script, clip_path, tmp_path):
+    flags = write_checkpoints(tmp_path, clip_path, replace(TOY.prior, sample_timesteps=1), noise=.1,
+                              unets=change_unets(*[{"sample_timesteps": 1, "image_size": 64}] * 2))
+    out = tmp_path / "out"
+
+    def render(*more):
+        code, told, error = run_script("test_dalle2.py", *flags, "--output_dir", out, *more)
+        assert code == 0, error
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert Image.open(out / "grid.jpg").width == 130 * len(manifest["images"]) + 2
+        assert (out / "index.html").read_text().count("<figure ") == len(manifest["images"])
+        return told, manifest["settings"]["cond_scale"], {
+            entry["caption"]: entry.get("settings", {}).get("cond_scale")
+            for entry in manifest["images"]}
+
+    _, scale, shown = render("--prompt", "a/disc", "--prompt", "a box")
+    assert (scale, shown) == (1.5, {"a/disc": None, "a box": None})
+    first = (out / "a disc.jpg").read_bytes()
+    told, scale, shown = render("--prompt", "a disc", "--cond_scale", 3)  # another's file name
+    assert scale == 3 and shown == {"a disc": None, "a/disc": 1.5, "a box": 1.5}
+    assert [*shown] == ["a disc", "a/disc", "a box"] and "1 pictures and 2 earlier ones" in told
+    assert (out / "a disc.jpg").read_bytes() == first and "cond_scale 1.5" \
+        in (out / "index.html").read_text()
+    told, scale, shown = render("--prompt", "a/disc")  # as before
+    assert (scale, [*shown.items()]) == (1.5, [("a/disc", None), ("a disc", 3), ("a box", None)])
+    assert "1 of 1 rendered already" in told
+    (out / "a box.jpg").unlink()
+    _, scale, shown = render("--prompt", "a disc", "--cond_scale", 4)  # rendered again
+    assert (scale, [*shown.items()]) == (4, [("a disc", None), ("a/disc", 1.5)])
+    (out / "manifest.json").write_text('{"settings": {}, "images": [{"file": "a"}]}')
+    check_refused(run_script("test_dalle2.py", *flags, "--output_dir", out, "--prompt", "a box"),
+                  "--output_dir: .*manifest.json is damaged")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ def test_any_caption_becomes_a_safe_file_name(caption, tmp_path):
 def test_names_are_unique_even_where_case_does_not_count():
     stems = make_unique_stems(["a dog", "A dog", "a dog", "a dog (2)", "a cat"])
     assert len({s.casefold() for s in stems}) == 5 and stems[0] == "a dog" and stems[4] == "a cat"
+    taken = {"a b": "a/b", "a b (2)": "a b"}
+    assert make_unique_stems(["a b", "a?b", "a/b"], taken) == ["a b (2)", "a b (3)", "a b"]
 
 
 def test_jpegs_have_the_right_size_and_colors(tmp_path):

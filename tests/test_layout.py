@@ -7,9 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
-    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise",
-     "sharding", "validation"},
-    {"config", "files", "logger", "optimizer"}, {"checkpoint", "plots", "gallery", "data"},
+    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise", "sharding", "validation"},
+    {"config", "files", "logger", "optimizer", "processes"},
+    {"checkpoint", "plots", "gallery", "data"},
     {"ema", "clip", "models", "sampling", "prepare"},
     {"run_folder", "train_state", "pipeline", "cli"}, {"train_loop", "tasks", "render"})
 ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "data", "dalle2_pytorch": "fast_modules",

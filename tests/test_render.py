@@ -40,7 +40,7 @@ class FakePipeline:
 
 
 JOBS = [replace(job, seed=n, image_id=n) for n, job in enumerate(
-    list_jobs([(f"caption {n}", None, None) for n in range(4)], 0, samples_per_prompt=2)[:7])]
+    list_jobs([(f"caption {n}", None, None) for n in range(4)], 0, 2, "no such folder")[:7])]
 
 
 def test_an_interrupted_rendering_goes_on_where_it_stopped(tmp_path):
@@ -75,7 +75,7 @@ def test_a_line_that_was_cut_off_is_rendered_again(tmp_path):
     save_jpeg(torch.zeros(3, 8, 8), tmp_path / "a.jpg")
     (tmp_path / ".rendered-0.jsonl").write_text(
         '{"digest": "d", "file": "a.jpg", "caption": "a", "seed": 1}\n{"digest": "d", "fil')
-    assert list(read_records(tmp_path, "d")) == [("a.jpg", "a", 1)]
+    assert read_records(tmp_path) == [("d", {"file": "a.jpg", "caption": "a", "seed": 1})]
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_not_tried_again(tmp_path):
@@ -103,10 +103,9 @@ def test_a_late_process_renders_what_the_first_left_to_it(tmp_path, monkeypatch)
     """By then the folder holds other pictures than those that the first process saw."""
     first = render_jobs(FakePipeline(), JOBS, tmp_path, {}, [])
     state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, print=print)
-    monkeypatch.setattr("dalle2.render.PartialState", lambda **_: state)
-    monkeypatch.setattr("dalle2.render.broadcast_object_list", lambda objects: [{}])
-    monkeypatch.setattr("dalle2.render.gather_object",
-                        lambda own: own if own == [None] else [*first[::2], *own])
+    monkeypatch.setattr("dalle2.render.join_processes", lambda: state)
+    monkeypatch.setattr("dalle2.render.broadcast_object_list", lambda objects: [[]])
+    monkeypatch.setattr("dalle2.render.gather_object", lambda own: [*first[::2], *own])
     late = FakePipeline()
     assert render_jobs(late, JOBS, tmp_path, {}, [], batch_size=2) == first
     assert late.batches == [[1, 3], [5]]
@@ -127,4 +126,4 @@ def test_pictures_are_drawn_and_judged_in_the_precision_asked_for(tmp_path):
 
 def test_the_best_of_each_caption_is_picked():
     entries = [{"clip_score": score} for score in (1, 2, 5, 4)]
-    assert pick_best(JOBS[:4], entries, 2) == (JOBS[1:3], entries[1:3])
+    assert pick_best(entries, 2) == entries[1:3]

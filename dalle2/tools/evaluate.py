@@ -3,10 +3,12 @@
 Renders one picture a caption, 30,000 where the file has them, and compares the files (PNG: a JPEG
 would lose what the photos keep) with their captions and with the photos. Run again, it goes on
 where it stopped. With --sweep it does so on a few hundred pictures for every combination of
-guidance and steps that is given.
+guidance and steps that is given. Launched as several processes, it shares the work among them:
+`torchrun --nproc_per_node 8 -m dalle2.evaluate`.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import time
@@ -19,6 +21,7 @@ from dalle2.errors import UserError
 from dalle2.files import compute_digest, hold_lock, replace_file
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.plots import save_tradeoff
+from dalle2.processes import join_processes, share_errors
 from dalle2.render import Job, list_coco_captions, render_jobs, save_manifest
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
@@ -109,39 +112,50 @@ def check_flags(args):
 
 
 def main():
-    args, device, notes = parse_args(), cli.pick_device(), Notes()
+    args, state, device, notes = parse_args(), join_processes(), cli.pick_device(), Notes()
     captions = list_coco_captions(args.test_annot_path, args.test_img_path)
     pipeline = load_pipeline(args, device, cli.resolve_precision(args.mixed_precision))
     output_dir = Path(args.output_dir)
     runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
-    with hold_lock(output_dir / ".lock", wait=False, told=UserError(
-            f"another process writes to {output_dir}", "output_dir")):
-        for folder, settings, _ in runs:
-            claim_folder(folder, settings)
+    with contextlib.ExitStack() as stack:
+        with share_errors():
+            if state.is_main_process:
+                stack.enter_context(hold_lock(output_dir / ".lock", wait=False, told=UserError(
+                    f"another process writes to {output_dir}", "output_dir")))
+                for folder, settings, _ in runs:
+                    claim_folder(folder, settings)
         photos = embed_photos(judge, [photo for _, _, photo in
                                       captions[:args.num_reference_images]], "test", notes)
         jobs = list_jobs(captions[:args.num_images], args.seed, args.samples_for_diversity)
         captions = embed_captions(judge, [caption for caption, _, _ in captions], args.num_images)
         rows = []
         for folder, settings, options in runs:
-            print(f"{folder}: {len(captions.own)} captions", flush=True)
+            state.print(f"{folder}: {len(captions.own)} captions", flush=True)
             seconds = render(pipeline, jobs, folder, settings, options, args.batch_size)
-            scores = score_folder(judge, jobs, folder, settings, captions, photos)
-            rows.append(settings | scores | {"seconds_a_picture": seconds})
+            pictures = embed_pictures(judge, jobs, folder)
+            if state.is_main_process:
+                scores = score_pictures(pictures, jobs, folder, settings, captions, photos)
+                rows.append(settings | scores | {"seconds_a_picture": seconds})
+        train_embed = embed_train(args, judge, notes) if args.train_img_path and not args.sweep \
+            else None
+        if not state.is_main_process:
+            return
         result = {"flags": vars(args), "clip": judge.clips, "counts": {
             "reference_photos": len(photos.embed), "other_captions": captions.others.shape[1],
             "diversity_captions": min(NUM_DIVERSITY_CAPTIONS, len(captions.own))},
-            "device": describe_device(device), "warnings": notes}
-        write = write_sweep if args.sweep else write_evaluation
-        write(args, result, rows, captions, photos, judge)
+            "device": describe_device(device, state.num_processes), "warnings": notes}
+        if args.sweep:
+            write_sweep(args, result, rows, captions, photos)
+        else:
+            write_evaluation(args, result, rows[0], captions, photos, train_embed)
 
 
 class Notes(list):
-    """Warnings: printed at once, recorded with the results."""
+    """Warnings: printed at once by the first process, recorded with the results."""
 
     def warn(self, text):
         self.append(text)
-        print(f"warning: {text}", flush=True)
+        join_processes().print(f"warning: {text}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -197,10 +211,12 @@ def claim_folder(folder, settings):
 
 def render(pipeline, jobs, folder, settings, options, batch_size):
     """Renders the jobs that have no file in `folder` yet. Returns the seconds a picture of the last
-    call that rendered any to its end; None where there was none."""
+    call that rendered any to its end; None where there was none, and in all processes but one."""
     count, pace = sum(not (folder / job.file).is_file() for job in jobs), folder / "seconds.json"
     start = time.perf_counter()
     render_jobs(pipeline, jobs, folder, settings, options, batch_size=batch_size)
+    if not join_processes().is_main_process:
+        return None
     if count:
         seconds = (time.perf_counter() - start) / count
         replace_file(pace, lambda part: part.write_text(f"{seconds}"))
@@ -211,16 +227,21 @@ def render(pipeline, jobs, folder, settings, options, batch_size):
 # scoring
 
 
-def score_folder(judge, jobs, folder, settings, captions, photos):
-    """The metrics of the rendered jobs in `folder`, and its pictures as Photos under "rendered".
+def embed_pictures(judge, jobs, folder):
+    """Photos of the rendered jobs in `folder`; UserError where one cannot be read."""
+    pictures = judge.embed_files([folder / job.file for job in jobs], "pictures")
+    for row in set(range(len(jobs))) - set(pictures.rows):
+        raise UserError(f"{folder / jobs[row].file} cannot be read; delete it", "output_dir")
+    return pictures
+
+
+def score_pictures(pictures, jobs, folder, settings, captions, photos):
+    """The metrics of `pictures`, Photos of all jobs, and those of the captions under "rendered".
     Writes manifest.json."""
     count = len(captions.own)
     first = min(NUM_DIVERSITY_CAPTIONS, count)
-    everything = judge.embed_files([folder / job.file for job in jobs], "pictures")
-    for row in set(range(len(jobs))) - set(everything.rows):
-        raise UserError(f"{folder / jobs[row].file} cannot be read; delete it", "output_dir")
-    embed, more = everything.embed[:count], everything.embed[count:]
-    features = None if everything.features is None else everything.features[:count]
+    embed, more = pictures.embed[:count], pictures.embed[count:]
+    features = None if pictures.features is None else pictures.features[:count]
     cosine = (embed * captions.text_embed[captions.own]).sum(-1).tolist()
     save_manifest(folder, settings, [{**job.describe(), "clip_score": round(score, 4)}
                                      for job, score in zip(jobs, cosine)])
@@ -236,9 +257,9 @@ def score_folder(judge, jobs, folder, settings, captions, photos):
 # results
 
 
-def write_evaluation(args, result, rows, captions, photos, judge):
-    """evaluation.json and evaluation.md; the table is printed too."""
-    row, notes = rows[0], result["warnings"]
+def write_evaluation(args, result, row, captions, photos, train_embed):
+    """evaluation.json and evaluation.md; the table is printed too. train_embed: (T, D) or None."""
+    notes = result["warnings"]
     rendered = row.pop("rendered")
     row |= captions.compare_photos(photos) | {"fid": None, "kid": None, "kid_std": None}
     if rendered.features is not None:
@@ -246,8 +267,7 @@ def write_evaluation(args, result, rows, captions, photos, judge):
         if row["pictures"] < MIN_FID_IMAGES:
             notes.warn(f"FID of {row['pictures']} pictures means nothing: below {MIN_FID_IMAGES} "
                        "read CMMD or KID")
-    if args.train_img_path:
-        train_embed = embed_train(args, judge, notes)
+    if train_embed is not None:
         own = {row: at for at, row in enumerate(photos.rows)}
         row |= metrics.compute_memorization(
             rendered.embed, train_embed, photos.embed,
@@ -259,7 +279,7 @@ def write_evaluation(args, result, rows, captions, photos, judge):
     write_results(args.output_dir, "evaluation", result, format_table([row]))
 
 
-def write_sweep(args, result, rows, captions, photos, judge):
+def write_sweep(args, result, rows, captions, photos):
     """sweep.json, sweep.md and sweep.png; the table is printed too."""
     rows = [{name: row[name] for name in COLUMNS if name in row} | {"steps": format_steps(row)}
             for row in rows]
@@ -313,9 +333,11 @@ def format_steps(settings):
     return str(steps[0]) if len(set(steps)) == 1 else "+".join(map(str, steps))
 
 
-def describe_device(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" \
+def describe_device(device, num_processes):
+    """What a time depends on: "2 x CPU, 1 threads"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" \
         else f"CPU, {torch.get_num_threads()} threads"
+    return name if num_processes == 1 else f"{num_processes} x {name}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from dalle2.clip import FrozenClip, load_clip
@@ -15,6 +16,7 @@ from dalle2.data import load_captions
 from dalle2.errors import UserError, rename_argument
 from dalle2.images import load_image
 from dalle2.prepare import prepare_store
+from dalle2.processes import join_processes, share_errors
 from dalle2.tools import metrics
 
 NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 99, 64
@@ -30,24 +32,30 @@ class Judge:
     use_precision: Callable  # of the Pipeline: the context in which CLIP looks at pictures
 
     def embed_files(self, paths, name):
-        """Photos of those of the picture files that can be read, each through load_image."""
-        rows, embeds, features = [], [torch.zeros(0, self.clip.embed_dim)], []
+        """Photos of those of the picture files that can be read, each through load_image. The
+        processes of a launch share the work, whole batches each, and all have the result."""
+        state = join_processes()
+        parts = split(range(len(paths)), EMBED_BATCH_SIZE)[state.process_index::state.num_processes]
+        found = []  # (rows, embed, features) of a batch
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
-                tqdm(total=len(paths), desc=f"embedding {name}", unit=" pictures",
+                tqdm(total=sum(map(len, parts)), desc=f"embedding {name}", unit=" pictures",
+                     disable=not state.is_main_process,
                      mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-            for part in split(range(len(paths)), EMBED_BATCH_SIZE):
+            for part in parts:
                 images = dict(zip(part, pool.map(load_or_none, [paths[row] for row in part])))
                 images = {row: image for row, image in images.items() if image is not None}
                 bar.update(len(part))
                 if images:
-                    rows += images
                     batch = torch.stack(list(images.values()))        # (B, 3, 256, 256), uint8
                     with self.use_precision():
-                        embeds.append(self.clip.embed_image(batch))
-                    if self.inception is not None:
-                        features.append(self.inception(batch))
-        return Photos(torch.cat([part.to(self.clip.device) for part in embeds]),
-                      torch.cat(features) if features else None, rows)
+                        embed = self.clip.embed_image(batch).cpu()
+                    features = self.inception(batch) if self.inception else None
+                    found.append((list(images), embed, features))
+        found = sorted(gather_object(found), key=lambda batch: batch[0])
+        embed = torch.cat([torch.zeros(0, self.clip.embed_dim), *(part[1] for part in found)])
+        features = torch.cat([part[2] for part in found]) if found and self.inception else None
+        return Photos(embed.to(self.clip.device), features, [row for part in found
+                                                             for row in part[0]])
 
 
 @dataclass
@@ -73,16 +81,27 @@ def load_judge(args, pipeline, notes, device):
     if same:
         notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
                    "them: name another by --judge_clip_model and --judge_clip_pretrained")
-    inception = None
-    if args.fid and not args.sweep:
-        try:
-            inception = metrics.load_inception(args.inception_weights, device)
-        except UserError as error:
-            if args.inception_weights:
-                raise
-            notes.warn(f"no FID and no KID: {error}")
+    inception = load_inception(args, notes, device) if args.fid and not args.sweep else None
     return Judge(clip, {"judge": record, "condition": condition, "same": same}, inception,
                  pipeline.use_precision)
+
+
+def load_inception(args, notes, device):
+    """metrics.load_inception in every process, or None in every one: the first, which also fetches
+    it, decides."""
+    state, inception = join_processes(), None
+    with share_errors():
+        if state.is_main_process:
+            try:
+                inception = metrics.load_inception(args.inception_weights, device)
+            except UserError as error:
+                if args.inception_weights:
+                    raise
+                notes.warn(f"no FID and no KID: {error}")
+    (is_there,) = broadcast_object_list([inception is not None])
+    if is_there and not state.is_main_process:
+        inception = metrics.load_inception(args.inception_weights, device)
+    return inception
 
 
 @dataclass
@@ -133,12 +152,15 @@ def embed_photos(judge, paths, split_name, notes):
 
 
 def embed_train(args, judge, notes):
-    """(T, D) of the train photos, from their store where one is named."""
+    """(T, D) of the train photos, from their store where one is named; made by the first process
+    alone, so that the others have None."""
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         if not args.store_dir:
             records = load_captions(args.train_annot_path, args.train_img_path)
             return embed_photos(replace(judge, inception=None), [r.path for r in records],
                                 "train", notes).embed
+        if not join_processes().is_main_process:
+            return None
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
                               clip=judge.clip)
     return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)

@@ -171,9 +171,10 @@ def compute_fid_kid(real_features, fake_features):
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        fid = FrechetInceptionDistance(keep)
-        kid = KernelInceptionDistance(keep, subset_size=min(1000, len(real_features),
-                                                            len(fake_features)))
+        alone = {"sync_on_compute": False}  # the features are those of all processes already
+        fid = FrechetInceptionDistance(keep, **alone)
+        kid = KernelInceptionDistance(keep, **alone, subset_size=min(1000, len(real_features),
+                                                                     len(fake_features)))
         for metric in (fid, kid):
             metric.update(real_features.double(), real=True)
             metric.update(fake_features.double(), real=False)
