@@ -55,7 +55,7 @@ def add_caption_flags(parser):
     group.add_argument("--prompt", action="append", help="render this; may be repeated")
     group.add_argument("--prompt_file", help="text file, a prompt a line")
     group.add_argument("--num_images", type=at_least(1), default=50,
-                       help="render the first so many captions of the COCO file, one a picture")
+                       help="how many pictures of the COCO file, the first ones, one caption each")
     group.add_argument("--samples_per_prompt", type=at_least(1), default=1)
     group.add_argument("--rerank", action="store_true",
                        help="keep the one of --samples_per_prompt with the best CLIP score")

@@ -44,14 +44,14 @@ def parse_args():
     parser.add_argument("--sigma_rel", type=float, nargs="+", default=[0.05, 0.075, 0.1, 0.15],
                         help="lengths of the averages, as a share of the steps so far")
     parser.add_argument("--steps", type=int, nargs="+", help="of the kept averages (None: all)")
-    parser.add_argument("--last_steps", type=int, default=0, help="the last so many steps (0: all)")
+    parser.add_argument("--last_steps", type=int, default=0, help="last steps only (0: all)")
     parser.add_argument("--write", action="store_true", help="put the best into prior.safetensors, "
                         "or into its stage of decoder.safetensors, in place of what is there")
     data = parser.add_argument_group("data")
     data.add_argument("--val_img_path", default=f"{cli.DATA_DIR}/val2014", help="picture folder")
     data.add_argument("--val_annot_path", help="COCO captions file",
                       default=f"{cli.DATA_DIR}/annotations/captions_val2014.json")
-    data.add_argument("--num_images", type=int, help="the first so many pictures (None: 1000 for a "
+    data.add_argument("--num_images", type=int, help="how many, the first ones (None: 1000 for a "
                       "prior, 200 for a decoder)")
     data.add_argument("--store_dir", default=cli.STORE_DIR, help="where they are kept, prepared")
     data.add_argument("--clip_model", help="None: the CLIP that the run names")

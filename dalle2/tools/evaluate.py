@@ -51,10 +51,10 @@ def parse_args():
     data.add_argument("--test_img_path", default=f"{cli.DATA_DIR}/val2014", help="picture folder")
     data.add_argument("--test_annot_path", help="COCO captions file",
                       default=f"{cli.DATA_DIR}/annotations/captions_val2014.json")
-    data.add_argument("--num_images", type=int, help="the first so many pictures by image id, one "
+    data.add_argument("--num_images", type=int, help="pictures, the first by image id, one "
                       f"caption each (None: {NUM_IMAGES}, with --sweep {NUM_SWEEP_IMAGES})")
     data.add_argument("--num_reference_images", type=int,
-                      help="compare with the first so many photos (None: all of the file)")
+                      help="how many photos to compare with, the first ones (None: all)")
     data.add_argument("--train_img_path", help="with --train_annot_path: the photos that were "
                       "trained on, to look for copies of them")
     data.add_argument("--train_annot_path", help="their COCO captions file")
@@ -83,7 +83,7 @@ def parse_args():
     judge.add_argument("--fid", action=argparse.BooleanOptionalAction, default=True,
                        help="FID and KID, where Inception's weights can be had")
     judge.add_argument("--inception_weights", help="their file (None: torch's cache, or the net)")
-    parser.add_argument("--output_dir", default="evaluation", help="goes on with what is there")
+    parser.add_argument("--output_dir", default="evaluation", help="resumes what is there")
     parser.add_argument("--sweep", action="store_true", help="every combination of the numbers "
                         "given to --cond_scale, --prior_cond_scale and --sample_timesteps")
     return check_flags(parser.parse_args())
