@@ -5,11 +5,17 @@ What is saved is gathered first, so that checkpoints and exports are those of an
 run may be resumed with or without it, on another number of processes.
 """
 
+import inspect
+
 import torch
 from accelerate.utils import broadcast_object_list, recursively_apply
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# every process takes its own share of what it has whole; torch 2.6 sends the first process's round
+TAKE_OWN = {"src_data_rank": None} if "src_data_rank" in inspect.signature(
+    distribute_tensor).parameters else {}
 
 
 def shard(module, blocks, device):
@@ -62,7 +68,7 @@ def scatter_like(tensor, like):
     """`tensor`, whole and the same in all processes, shared out as `like` is, if `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, **TAKE_OWN)
 
 
 def load_module(module, saved):
