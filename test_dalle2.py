@@ -29,25 +29,31 @@ def parse_args():
                       "--init_from_true_embedding")
     what.add_argument("--prompt", action="append", help="render this; may be repeated")
     what.add_argument("--prompt_file", help="text file, a prompt a line")
-    what.add_argument("--num_images", type=int, default=50,
+    what.add_argument("--num_images", type=cli.at_least(1), default=50,
                       help="render the first so many captions of the COCO file, one a picture")
-    what.add_argument("--samples_per_prompt", type=int, default=1)
+    what.add_argument("--samples_per_prompt", type=cli.at_least(1), default=1)
     what.add_argument("--rerank", action="store_true",
                       help="keep the one of --samples_per_prompt with the best CLIP score")
     what.add_argument("--init_from_true_embedding", action="store_true",
                       help="feed the decoder the true photo's embedding, to see it without prior")
     how = parser.add_argument_group("how (None: what the checkpoints' configs say)")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--cond_scale", type=float, help="guidance of the decoder, 1 is none")
-    how.add_argument("--prior_cond_scale", type=float, help="guidance of the prior, 1 is none")
-    how.add_argument("--sample_timesteps", type=int, nargs="+",
+    how.add_argument("--cond_scale", type=cli.at_least(0.0),
+                     help="guidance of the decoder, 1 is none")
+    how.add_argument("--prior_cond_scale", type=cli.at_least(0.0),
+                     help="guidance of the prior, 1 is none")
+    how.add_argument("--sample_timesteps", type=cli.at_least(1), nargs="+",
                      help="sampling steps: one number, or the prior's and each stage's")
+    how.add_argument("--num_candidates", type=cli.at_least(1), help="image embeddings that the "
+                     "prior samples a caption, of which the nearest to it is kept")
+    how.add_argument("--lowres_noise_level", type=cli.at_least(0), help="noise on the picture that "
+                     "an upsampler enlarges, of 1000: the more, the more it invents")
     how.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
     cli.add_precision_flag(how)
     how.add_argument("--thresholding", choices=THRESHOLDS, default="static",
                      help="of the decoder's estimates: clamped, or scaled a picture (Saharia 2022)")
-    how.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a CPU, what "
-                     "fits on a GPU)")
+    how.add_argument("--batch_size", type=cli.at_least(1),
+                     help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
     where = parser.add_argument_group("where")
     where.add_argument("--output_dir", default="result", help="goes on with what is there; "
                        "pictures of earlier calls stay in manifest, gallery and grid")
@@ -65,14 +71,16 @@ def main():
     read_manifest(args.output_dir)  # a damaged one is told before anything is rendered
     pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     prior_steps, *unet_steps = pipeline.resolve_timesteps(args.sample_timesteps)
+    lowres_noise_level = pipeline.resolve_lowres_noise_level(args.lowres_noise_level)
     state, output_dir = join_processes(), Path(args.output_dir)
-    settings = describe_settings(args, pipeline, [prior_steps, *unet_steps])
+    settings = describe_settings(args, pipeline, [prior_steps, *unet_steps], lowres_noise_level)
     entries = render_jobs(
         pipeline, jobs, output_dir, settings, batch_size=args.batch_size,
         from_photos=args.init_from_true_embedding,
         prior_options={"prior_cond_scale": args.prior_cond_scale, "sampler": args.sampler,
-                       "sample_timesteps": prior_steps},
+                       "sample_timesteps": prior_steps, "num_candidates": args.num_candidates},
         options={"cond_scale": args.cond_scale, "sample_timesteps": unet_steps,
+                 "lowres_noise_level": lowres_noise_level,
                  "sampler": args.sampler, "thresholding": args.thresholding})
     if not state.is_main_process:
         return
@@ -95,11 +103,6 @@ def main():
 
 
 def check_flags(args):
-    for name in ("num_images", "samples_per_prompt", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name}: {getattr(args, name)} must be at least 1")
-    if min(args.sample_timesteps or [1]) < 1:
-        raise UserError(f"--sample_timesteps: {min(args.sample_timesteps)} must be at least 1")
     if bool(args.train_img_path) != bool(args.train_annot_path):
         raise UserError("--train_img_path: needed with --train_annot_path, and the other way round")
 
@@ -133,13 +136,14 @@ def list_jobs(args):
             for index, job in enumerate(jobs)]
 
 
-def describe_settings(args, pipeline, sample_timesteps):
+def describe_settings(args, pipeline, sample_timesteps, lowres_noise_level):
     """What the pictures depend on besides captions and seeds, as JSON."""
     scales = {name: config.cond_scale if getattr(args, name) is None else getattr(args, name)
               for name, config in (("cond_scale", pipeline.unet_configs[0]),
                                    ("prior_cond_scale", pipeline.prior_config))}
     return {**scales, "sample_timesteps": sample_timesteps, "sampler": args.sampler,
-            "thresholding": args.thresholding,
+            "num_candidates": args.num_candidates or pipeline.prior_config.num_candidates,
+            "lowres_noise_level": lowres_noise_level, "thresholding": args.thresholding,
             "init_from_true_embedding": args.init_from_true_embedding,
             "prior_ckpt": args.prior_ckpt, "prior_sha256": compute_digest(args.prior_ckpt),
             "decoder_ckpt": args.decoder_ckpt, "decoder_sha256": compute_digest(args.decoder_ckpt),

@@ -15,12 +15,13 @@ from dalle2.data import draw_indexes, load_captions
 from dalle2.metrics import compute_recall
 from dalle2.rng import BatchRandom
 from dalle2.train_loop import train
+from dalle2.validation import map_rows
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
     cli.add_data_flags(parser)
-    cli.add_train_flags(parser, "output/clip", fsdp=False)
+    cli.add_train_flags(parser, "output/clip", split=False)
     return parser.parse_args()
 
 
@@ -60,29 +61,31 @@ def main():
                                  batch["text_tokens"]))
 
     # ---- validation: retrieval between val pictures and one caption of each
-    @torch.no_grad()
     def validate(module, brief):
         frozen = FrozenClip(module, tokenizer)
         batch = load_batch(val_store, np.arange(len(val_store)),
                            BatchRandom("validate", batch_size=len(val_store)))
-        image_embed = torch.cat([frozen.embed_image(x) for x in batch["image"].split(256)])
-        text_embed = torch.cat([frozen.embed_text(x)[0] for x in batch["text_tokens"].split(256)])
-        alone = ClipLoss(rank=0, world_size=1)  # the other processes do not validate
-        loss = alone(image_embed, text_embed, module.logit_scale.exp()).item()
+        image_embed = map_rows(lambda rows: frozen.embed_image(batch["image"][rows]),
+                               len(val_store), accelerator)
+        text_embed = map_rows(lambda rows: frozen.embed_text(batch["text_tokens"][rows])[0],
+                              len(val_store), accelerator)
+        alone = ClipLoss(rank=0, world_size=1)  # every process has all the pairs
+        loss = alone(image_embed, text_embed, module.logit_scale.exp().cpu()).item()
         if brief:
             return {"val_loss": loss}
         matching = F.cosine_similarity(image_embed, text_embed).mean().item()
         return {"val_loss": loss, "val_cosine": matching,
                 **compute_recall(text_embed, image_embed, (1, 5, 10))}
 
-    def export(state, step, best):
-        save_export(Path(args.output_dir) / f"clip{'_best' if best else ''}.safetensors", "clip",
+    def export(state, step, last):
+        save_export(Path(args.output_dir) / f"clip{'_last' if last else ''}.safetensors", "clip",
                     {"config": config_to_dict(config), "step": step}, state)
 
     train(module=model, compute_loss=compute_loss, draw_batch=draw_batch,
           train_config=config.train, run_dir=args.output_dir,
-          header={"config": config_to_dict(config)}, accelerator=accelerator, export=export,
-          validate=val_store and validate, log_with=args.log_with)
+          header={"config": config_to_dict(config), "data": cli.describe_data(train_store)},
+          accelerator=accelerator, export=export, validate=val_store and validate,
+          can_split=False, log_with=args.log_with)  # each pair is set against the whole batch
 
 
 if __name__ == "__main__":

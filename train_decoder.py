@@ -1,35 +1,45 @@
 """Trains the cascaded decoder: CLIP image embedding -> 64 px -> 256 px. Ramesh et al. 2022, 2.1."""
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dalle2 import cli
-from dalle2.checkpoint import load_export, save_export
 from dalle2.config import PRESETS, DecoderConfig, UserError, config_to_dict
-from dalle2.data import draw_indexes, load_captions, resize
+from dalle2.data import draw_indexes, load_captions, load_pictures, read_crops, resize
 from dalle2.diffusion import build_diffusion
 from dalle2.images import arrange
-from dalle2.losses import compute_unet_loss
-from dalle2.metrics import compute_fixed_timesteps, summarize_by_quartile
-from dalle2.models import build_unet, list_blocks, load_decoder, load_prior
+from dalle2.losses import compute_unet_loss, crop
+from dalle2.models import (
+    build_unet,
+    list_blocks,
+    load_decoder,
+    load_prior,
+    save_decoder_stage,
+)
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed, sample_images
 from dalle2.train_loop import train
+from dalle2.validation import compute_fixed_timesteps, map_rows, summarize_by_quartile
 
 NUM_SAMPLES = 8  # pictures a row of the sample grids
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--unet_number", type=int, default=0,
+    parser.add_argument("--unet_number", type=cli.at_least(0), default=0,
                         help="train this stage alone, 1 is the first; 0: every stage in turn")
     parser.add_argument("--prior_ckpt", help="what train_prior.py exported: the sample pictures "
                         "then show its embeddings as well")
     cli.add_data_flags(parser)
     cli.add_clip_flags(parser)
     cli.add_train_flags(parser, "output/decoder")
+    parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction,
+                        default=None, help="compute blocks again in the backward pass: less "
+                        "memory, a third more time (None: what the preset says)")
     return parser.parse_args()
 
 
@@ -39,6 +49,9 @@ def main():
     if not 0 <= args.unet_number <= len(unets):
         raise UserError(f"--unet_number: {args.unet_number} is not one of 0 to {len(unets)}")
     numbers = [args.unet_number] if args.unet_number else range(1, len(unets) + 1)
+    if args.gradient_checkpointing is not None:
+        unets = [replace(unet, gradient_checkpointing=args.gradient_checkpointing)
+                 for unet in unets]
     config = DecoderConfig(unets=tuple(
         cli.override_train(unet, args) if number in numbers else unet
         for number, unet in enumerate(unets, start=1)))
@@ -57,6 +70,7 @@ def main():
     accelerator = cli.build_accelerator(config.unets[numbers[0] - 1].train.mixed_precision)
     sample_embeds = collect_sample_embeds(stores[1], args.prior_ckpt, clip.fingerprint,
                                           accelerator.device)
+    del clip  # its work is done, and its memory free
     for number in numbers:
         train_unet(number, config, stores, sample_embeds, header, args.output_dir, accelerator,
                    args.log_with)
@@ -73,22 +87,28 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
     train_store, val_store = stores
 
     # ---- data: uint8 pictures of this stage's own size, and of the stage before it
-    pictures = {store: load_pictures(store, unet_config.image_size, accelerator.device)
-                for store in stores if store}
-    lowres_pictures = {store: load_pictures(store, lowres_size, accelerator.device)
-                       for store in stores if store and lowres_size}
+    sizes = {"image": unet_config.image_size}
+    if lowres_size:
+        sizes["lowres_cond_img"] = lowres_size
+    pictures = {(store, name): load_pictures(store, size, accelerator.device)
+                for store in stores if store for name, size in sizes.items()}
 
     def load_batch(store, indexes, random):
-        if not lowres_size:
-            return {"image": take(pictures[store], indexes),
-                    "image_embed": torch.from_numpy(store.image_embed[indexes])}
-        room = unet_config.image_size - crop_size + 1
-        corner = (random.rand(2) * room).long()                             # (B, 2)
-        windows = [(..., slice(y, y + crop_size), slice(x, x + crop_size))
-                   for y, x in corner.tolist()]
-        return {"image": torch.stack([take(pictures[store], i, window)
-                                      for i, window in zip(indexes, windows)]),
-                "lowres_cond_img": take(lowres_pictures[store], indexes), "corner": corner}
+        """On the CPU: what is read from disk, and the indexes of what the GPU holds."""
+        batch = {"index": torch.from_numpy(np.asarray(indexes))}
+        if lowres_size:
+            room = unet_config.image_size - crop_size + 1
+            batch["corner"] = (random.rand(2) * room).long()                # (B, 2)
+        else:
+            batch["image_embed"] = torch.from_numpy(store.image_embed[indexes])
+        for name in sizes:
+            held = pictures[store, name]
+            if torch.is_tensor(held):
+                continue
+            crops = name == "image" and lowres_size
+            batch[name] = read_crops(held, indexes, batch["corner"], crop_size) if crops \
+                else torch.from_numpy(held[indexes])
+        return batch
 
     def draw_batch(step, rows, random):
         indexes = draw_indexes(len(train_store), unet_config.train.seed, step,
@@ -96,25 +116,30 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
         return load_batch(train_store, indexes[rows], random)
 
     # ---- loss
-    def compute_loss(module, batch, random):
+    def compute_loss(module, batch, random, store=train_store):
+        for name in sizes.keys() - batch.keys():
+            batch[name] = pictures[store, name][batch["index"]]
+        if batch["image"].shape[-1] > crop_size:
+            batch["image"] = crop(batch["image"], batch["corner"], crop_size)
         return compute_unet_loss(module, batch, random, unet_config, diffusion)
 
     # ---- validation: fixed crops, noise and timesteps
-    @torch.no_grad()
+    num_val = len(val_store) if val_store else 0
+    fixed_t = compute_fixed_timesteps(num_val, unet_config.timesteps) if num_val else None
+
     def validate(module, brief):
-        losses, count = [], len(val_store)
-        fixed_t = compute_fixed_timesteps(count, unet_config.timesteps)
-        rows = unet_config.train.batch_size // unet_config.train.gradient_accumulation_steps
-        for start in range(0, count, rows):
-            indexes = list(range(start, min(count, start + rows)))
+        @torch.no_grad()
+        def compute_val_losses(rows):
+            indexes = np.arange(num_val)[rows]
             key = dict(batch_size=len(indexes))
-            batch = load_batch(val_store, indexes, BatchRandom("validate", start, **key))
-            batch["t"] = fixed_t[indexes]
+            batch = load_batch(val_store, indexes, BatchRandom("validate", rows.start, **key))
+            batch["t"] = fixed_t[rows]
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            fixed = BatchRandom("validate", start, device=accelerator.device, **key)
+            fixed = BatchRandom("validate", rows.start, device=accelerator.device, **key)
             with accelerator.autocast():
-                losses.append(compute_loss(module, batch, fixed))
-        return summarize_by_quartile(torch.cat(losses).cpu(), fixed_t, unet_config.timesteps)
+                return compute_loss(module, batch, fixed, val_store)
+        losses = map_rows(compute_val_losses, num_val, accelerator)
+        return summarize_by_quartile(losses, fixed_t, unet_config.timesteps)
 
     # ---- sample pictures, where the stages before this one are trained
     path = Path(output_dir) / "decoder.safetensors"
@@ -133,21 +158,14 @@ def train_unet(number, config, stores, sample_embeds, header, output_dir, accele
         return arrange(torch.cat([resize(row, unet_config.image_size) for row in rows]),
                        columns=len(rows[0]))
 
-    def export(state, step, best):
-        path = Path(output_dir) / f"decoder{'_best' if best else ''}.safetensors"
-        stages, weights = [None] * len(config.unets), {}
-        if path.exists():
-            before, weights = load_export(path, "decoder", "--output_dir")
-            stages = before["stages"]
-        prefix = f"unets.{number - 1}."
-        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-        weights |= {prefix + name: value for name, value in state.items()}
-        stages[number - 1] = {"config": config_to_dict(unet_config), "step": step}
-        save_export(path, "decoder", {**header, "stages": stages}, weights)
+    def export(state, step, last):
+        save_decoder_stage(Path(output_dir) / f"decoder{'_last' if last else ''}.safetensors",
+                           number, unet_config, state, header, step, len(config.unets))
 
     train(module=unet, compute_loss=compute_loss, draw_batch=draw_batch,
           train_config=unet_config.train, run_dir=Path(output_dir) / f"unet{number}",
-          header={**header, "config": config_to_dict(unet_config), "lowres_size": lowres_size},
+          header={**header, "config": config_to_dict(unet_config), "lowres_size": lowres_size,
+                  "data": cli.describe_data(train_store)},
           accelerator=accelerator, export=export,
           validate=val_store and validate, list_blocks=list_blocks, log_with=log_with,
           sample=sample if val_store and len(earlier) == number - 1 else None)
@@ -171,23 +189,6 @@ def collect_sample_embeds(val_store, prior_ckpt, fingerprint, device):
         embeds.append(sample_image_embed(prior.to(device), config, text_embed, text_encodings,
                                          range(len(rows))))
     return embeds
-
-
-def load_pictures(store, size, device):
-    """(N, 3, size, size) uint8 of a store: a tensor on a GPU where it takes at most a quarter of
-    its free memory, otherwise memory-mapped."""
-    if size == store.images.shape[-1]:
-        return store.images
-    pictures = store.load_small_images(size)
-    if device.type == "cuda" and pictures.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        return torch.from_numpy(np.array(pictures)).to(device)
-    return pictures
-
-
-def take(pictures, indexes, window=...):
-    """Pictures by index, or a window of one of them, as a tensor."""
-    taken = pictures[indexes][window]
-    return taken if torch.is_tensor(taken) else torch.from_numpy(np.array(taken))
 
 
 if __name__ == "__main__":

@@ -8,20 +8,17 @@ import torch.nn.functional as F
 
 from dalle2 import cli
 from dalle2.checkpoint import save_export
-from dalle2.config import PRESETS, UserError, config_to_dict
+from dalle2.config import PRESETS, config_to_dict
 from dalle2.data import draw_indexes, load_captions
 from dalle2.diffusion import Diffusion
 from dalle2.files import replace_file
 from dalle2.losses import compute_prior_loss
-from dalle2.metrics import (
-    compute_fixed_timesteps,
-    compute_prior_scores,
-    summarize_by_quartile,
-)
+from dalle2.metrics import compute_prior_scores
 from dalle2.models import build_prior, list_blocks, load_prior
 from dalle2.rng import BatchRandom
 from dalle2.sampling import sample_image_embed
 from dalle2.train_loop import train
+from dalle2.validation import compute_fixed_timesteps, map_rows, summarize_by_quartile
 
 
 def parse_args():
@@ -37,10 +34,7 @@ def main():
     config = cli.override_train(PRESETS[args.preset].prior, args)
     cli.check_data(args)
     clip = cli.ClipSource(args.clip_model, args.clip_pretrained)
-    embed_dim, text_width = clip.load().embed_dim, clip.load().text_width
-    if embed_dim != text_width:
-        raise UserError(f"--clip_model: the prior needs a CLIP whose text width ({text_width}) is "
-                        f"its embedding size ({embed_dim})")
+    embed_dim = clip.load().embed_dim
     torch.manual_seed(config.train.seed)
     prior = build_prior(config, embed_dim)
     if args.dry_run:
@@ -52,6 +46,7 @@ def main():
     header = {"config": config_to_dict(config), "embed_dim": embed_dim,
               "clip": clip.describe(args.output_dir)}
     accelerator = cli.build_accelerator(config.train.mixed_precision)
+    del clip  # its work is done, and its memory free
 
     def load_batch(store, indexes, random):
         rows = store.draw_captions(indexes, random.rand())
@@ -71,48 +66,64 @@ def main():
         return compute_prior_loss(module, batch, random, config, diffusion)
 
     # ---- validation: fixed captions, noise and timesteps
-    def load_val_batch():
-        count = len(val_store)
-        batch = load_batch(val_store, list(range(count)), BatchRandom("validate", batch_size=count))
-        batch["t"] = compute_fixed_timesteps(count, config.timesteps)
+    num_val = len(val_store) if val_store else 0
+    fixed_t = compute_fixed_timesteps(num_val, config.timesteps) if num_val else None
+
+    def load_val_batch(rows):
+        indexes = range(num_val)[rows]
+        batch = load_batch(val_store, list(indexes), BatchRandom("validate", rows.start,
+                                                                 batch_size=len(indexes)))
+        batch["t"] = fixed_t[rows]
         return {name: value.to(accelerator.device, torch.long if name == "t" else torch.float32)
                 for name, value in batch.items()}
 
     @torch.no_grad()
-    def sample(module, batch):
+    def compute_val_losses(module, rows):
+        batch = load_val_batch(rows)
+        fixed = BatchRandom("validate", rows.start, batch_size=len(batch["t"]),
+                            device=accelerator.device)
         with accelerator.autocast():
-            return sample_image_embed(module, config, batch["text_embed"], batch["text_encodings"],
-                                      range(len(val_store))).float()
+            return compute_loss(module, batch, fixed)
 
     @torch.no_grad()
-    def validate(module, brief):
-        batch = load_val_batch()
-        fixed = BatchRandom("validate", batch_size=len(val_store), device=accelerator.device)
+    def sample(module, rows):
+        batch = load_val_batch(rows)
         with accelerator.autocast():
-            losses = compute_loss(module, batch, fixed)
-        row = summarize_by_quartile(losses, batch["t"], config.timesteps)
-        return row if brief else row | compute_prior_scores(
-            sample(module, batch), batch["image_embed"], batch["text_embed"])
+            return sample_image_embed(module, config, batch["text_embed"], batch["text_encodings"],
+                                      range(num_val)[rows]).float()
 
-    def export(state, step, best):
-        save_export(Path(args.output_dir) / f"prior{'_best' if best else ''}.safetensors", "prior",
+    def load_val_embeds():
+        return {name: map_rows(lambda rows: load_val_batch(rows)[name], num_val)
+                for name in ("image_embed", "text_embed")}
+
+    def validate(module, brief):
+        losses = map_rows(lambda rows: compute_val_losses(module, rows), num_val, accelerator)
+        row = summarize_by_quartile(losses, fixed_t, config.timesteps)
+        if brief:
+            return row
+        predicted = map_rows(lambda rows: sample(module, rows), num_val, accelerator)
+        return row | compute_prior_scores(predicted, **load_val_embeds())
+
+    def export(state, step, last):
+        save_export(Path(args.output_dir) / f"prior{'_last' if last else ''}.safetensors", "prior",
                     {**header, "step": step}, {f"net.{n}": value for n, value in state.items()})
 
     train(module=prior, compute_loss=compute_loss, draw_batch=draw_batch,
-          train_config=config.train, run_dir=args.output_dir, header=header,
+          train_config=config.train, run_dir=args.output_dir,
+          header={**header, "data": cli.describe_data(train_store)},
           accelerator=accelerator, export=export, validate=val_store and validate,
           list_blocks=list_blocks, log_with=args.log_with)
     if val_store and accelerator.is_main_process:
         module = load_prior(Path(args.output_dir) / "prior.safetensors", "--output_dir")[0]
-        batch = load_val_batch()
-        write_report_card(Path(args.output_dir) / "report_card.md", train_store, batch,
-                          sample(module.to(accelerator.device), batch))
+        module.to(accelerator.device)
+        write_report_card(Path(args.output_dir) / "report_card.md", train_store,
+                          map_rows(lambda rows: sample(module, rows), num_val),
+                          **load_val_embeds())
 
 
-def write_report_card(path, train_store, batch, predicted):
+def write_report_card(path, train_store, predicted, image_embed, text_embed):
     """A table of the prior beside what needs no prior: over the validation pictures, cosine to the
     true image embedding, to the own caption and to another one, and retrieval."""
-    text_embed, image_embed = batch["text_embed"], batch["image_embed"]
     some = torch.from_numpy(np.array(train_store.image_embed[:20_000])).float()
     mean = F.normalize(some.mean(0), dim=0)
     candidates = {

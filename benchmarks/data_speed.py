@@ -128,7 +128,7 @@ def measure_captions(path):
         lambda: [clip.embed_text(text_tokens[part]) for part in rows.split(16)], len(rows))
     with tempfile.NamedTemporaryFile() as file:
         token_start = np.concatenate([[0], lengths.cumsum(0).numpy()])
-        np.save(file, np.zeros((token_start[-1], clip.text_width), np.float16))
+        np.save(file, np.zeros((token_start[-1], clip.embed_dim), np.float16))
         store = SimpleNamespace(token_start=token_start,
                                 text_encodings=np.load(file.name, mmap_mode="r"))
         order = np.random.default_rng(0).permutation(len(captions))[:4096]

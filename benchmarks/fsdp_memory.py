@@ -5,6 +5,7 @@ of weights, average and optimizer state, as the system counts them, for the prio
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import sys
@@ -19,13 +20,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.multiprocessing import spawn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 from dalle2.config import PRESETS  # noqa: E402
 from dalle2.models import build_prior, list_blocks  # noqa: E402
 from dalle2.optimizer import build_optimizers  # noqa: E402
 from dalle2.sharding import shard  # noqa: E402
-from dalle2.train_loop import build_ema_function  # noqa: E402
+from dalle2.train_loop import update_average  # noqa: E402
 
 EMBED_DIM, BATCH_SIZE = 768, 2
 
@@ -46,9 +46,9 @@ def train_twice(rank, args, is_shared, meet):
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=args.processes)
     before, config = read_memory(), PRESETS[args.preset].prior
     module = build_prior(config, EMBED_DIM)
-    average = AveragedModel(module, multi_avg_fn=build_ema_function(config.train.ema_decay))
+    average = copy.deepcopy(module).requires_grad_(False)
     if is_shared:
-        for network in (module, average.module):
+        for network in (module, average):
             shard(network, list_blocks(network), torch.device("cpu"))
     model = module if is_shared else DistributedDataParallel(module)
     optimizers = build_optimizers(module, config.train)
@@ -60,7 +60,7 @@ def train_twice(rank, args, is_shared, meet):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        average.update_parameters(module)
+        update_average(average, module, config.train.ema_decay)
     gc.collect()
     print(f"| {'shared out' if is_shared else 'whole'} | {rank} | {read_memory() - before:.2f} |",
           flush=True)

@@ -69,7 +69,7 @@ run_training() {
         --train_img_path "$(images train)" --val_img_path "$(images val)" \
         --train_annot_path "$data/annotations/captions_train.json" \
         --val_annot_path "$data/annotations/captions_val.json" \
-        --save_every 1000000 --validate_every 500 --gradient_accumulation_steps 1
+        --save_every 1000000 --validate_every 500
     clip="--clip_pretrained $out/clip/clip.safetensors"
     # shellcheck disable=SC2086  # the flag and its value
     {

@@ -1,19 +1,23 @@
 """Counts what each preset costs and prints the table of the README.
 
-Parameters and multiply-adds (counted twice) are exact, counted on the meta device. Memory is what a
-training step holds in fp32: weights, gradients, two Adam moments and the average (20 bytes a
-parameter), and what autograd keeps for the backward pass, counted by its hooks, for one of the
-`gradient_accumulation_steps` parts of the batch, on a single device.
+Parameters and multiply-adds (counted twice) are exact, counted on the meta device. Kernels: what
+PyTorch would launch for the forward and backward pass of any number of rows, its operations other
+than views and allocations. Memory is what a training step holds in fp32: weights, gradients, two
+Adam moments and the average (20 bytes a parameter), and what autograd keeps for the backward pass,
+counted by its hooks, for the whole batch on a single device; and the rows whose activations, in
+bf16, fit beside the weights into a card of 24 and of 80 GB.
 
     python benchmarks/preset_costs.py
 """
 
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dalle2.config import PRESETS  # noqa: E402
@@ -23,8 +27,22 @@ EMBED_DIM = {"toy": 128}  # of the CLIP that goes with the preset; ViT-L/14 has 
 SAMPLES = 2  # traced at a time
 
 
+class KernelCounter(TorchDispatchMode):
+    """Counts the operations that launch a kernel on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += not (function.is_view or name.startswith(("empty", "detach", "_unsafe_view")))
+        return function(*args, **(kwargs or {}))
+
+
 def count(network, call):
-    """(parameters, FLOPs of a sample's forward, bytes kept for the backward of a sample)."""
+    """(parameters, FLOPs of a sample's forward, bytes kept for the backward of a sample, kernels of
+    forward and backward)."""
     kept = {}
 
     def keep(tensor):
@@ -35,8 +53,11 @@ def count(network, call):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with FlopCounterMode(display=False) as counter:
             call()
+    with KernelCounter() as kernels:
+        call().mean().backward()
     parameters = sum(p.numel() for p in network.parameters())
-    return parameters, counter.get_total_flops() / SAMPLES, sum(kept.values()) / SAMPLES
+    return (parameters, counter.get_total_flops() / SAMPLES, sum(kept.values()) / SAMPLES,
+            kernels.count)
 
 
 def list_networks(name):
@@ -61,16 +82,23 @@ def list_networks(name):
             yield label, config, *count(network, call)
 
 
+def count_fitting_rows(gigabytes, parameters, kept):
+    """Rows whose activations fit, as a power of two; the rest of the card is left to workspaces."""
+    room = 0.9e9 * gigabytes - 20 * parameters
+    return 2 ** int(math.log2(room / (kept / 2))) if room > kept else 0
+
+
 def main():
-    print("| preset | network | parameters | GFLOP a sample, step | batch, parts | TFLOP a step "
-          "| GB, fp32 |\n|---|---|---|---|---|---|---|")
+    print("| preset | network | parameters | GFLOP a sample, step | batch | TFLOP a step | kernels "
+          "| GB, fp32 | rows in 24 GB | in 80 GB |\n" + "|---" * 10 + "|")
     for name in PRESETS:
-        for label, config, parameters, flops, kept in list_networks(name):
+        for label, config, parameters, flops, kept, kernels in list_networks(name):
             batch = config.train.batch_size
-            parts = config.train.gradient_accumulation_steps
-            memory = 20 * parameters + kept * batch / parts
+            memory = 20 * parameters + kept * batch
+            rows = [count_fitting_rows(size, parameters, kept) for size in (24, 80)]
             print(f"| {name} | {label} | {parameters / 1e6:.1f} M | {3 * flops / 1e9:.2f} "
-                  f"| {batch} / {parts} | {3 * flops * batch / 1e12:.2f} | {memory / 1e9:.1f} |")
+                  f"| {batch} | {3 * flops * batch / 1e12:.2f} | {kernels} | {memory / 1e9:.1f} "
+                  f"| {rows[0]} | {rows[1]} |")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from dalle2.data import Store, draw_indexes  # noqa: E402
 from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
-from dalle2.optimizer import build_optimizers  # noqa: E402
-from dalle2.train_loop import compute_gradients, update_weights  # noqa: E402
+from dalle2.rng import BatchRandom  # noqa: E402
+from dalle2.train_loop import TrainState  # noqa: E402
 
 DIM, TOKENS, SIDE = 128, 13, 32
 BATCH_SIZES = 16, 32, 64, 128
@@ -42,6 +42,7 @@ def build_store(folder, count):
     """A Store of `count` pictures with embeddings, and its pictures of SIDE pixels."""
     (folder / "images").mkdir(parents=True)
     rows = [[number, f"{number}.jpg", ["a"] * 5] for number in range(count)]
+    (folder / "images" / "source.json").write_text("{}")
     (folder / "images" / "images.json").write_text(json.dumps(rows))
     with open(folder / "images" / "images.uint8", "wb") as file:
         file.truncate(count * 3 * 256 * 256)
@@ -67,10 +68,11 @@ def build_step(name, store, pictures, batch_size):
         compute_loss = partial(compute_unet_loss, config=config,
                                diffusion=build_diffusion(config, "cpu"))
     train = replace(config.train, batch_size=batch_size)
-    model, *optimizers = accelerator.prepare(module, *build_optimizers(module, train))
+    state = TrainState(module, train, accelerator)
 
-    def draw_batch(step, rows, random):
-        indexes = draw_indexes(len(store), 0, step, batch_size)[rows]
+    def draw_batch(step):
+        random = BatchRandom(step, batch_size=batch_size)
+        indexes = draw_indexes(len(store), 0, step, batch_size)
         embeds = {"image_embed": torch.from_numpy(store.image_embed[indexes])}
         if name != "prior":
             return embeds | {"image": torch.from_numpy(pictures[indexes])}
@@ -80,8 +82,9 @@ def build_step(name, store, pictures, batch_size):
     steps = iter(range(1 << 30))
 
     def take_step():
-        compute_gradients(model, accelerator, train, next(steps), draw_batch, compute_loss)
-        update_weights(model, optimizers, accelerator, train, 1.0)
+        step = next(steps)
+        state.compute_gradients(step, draw_batch(step), compute_loss)
+        state.update_weights(step, 1.0)
     return take_step
 
 

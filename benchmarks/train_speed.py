@@ -37,7 +37,6 @@ from dalle2_pytorch import (  # noqa: E402
     DiffusionPriorTrainer,
     OpenClipAdapter,
 )
-from torch.optim.swa_utils import AveragedModel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dalle2 import cli  # noqa: E402
@@ -46,8 +45,7 @@ from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.fast_modules import restore_modules  # noqa: E402
 from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
-from dalle2.optimizer import build_optimizers  # noqa: E402
-from dalle2.train_loop import build_ema_function, compute_gradients, update_weights  # noqa: E402
+from dalle2.train_loop import TrainState  # noqa: E402
 
 EMBED_DIM = 768       # of ViT-L/14
 CAPTION_TOKENS = 13   # the mean of COCO
@@ -130,18 +128,10 @@ def build_our_step(name, preset, batch_size, device, compiled):
         batch |= {"image_embed": image_embed} if number == 1 else {
             "lowres_cond_img": draw_pictures(batch_size, preset.decoder.unets[0].image_size),
             "corner": torch.zeros(batch_size, 2, dtype=torch.long)}
-    train = replace(config.train, batch_size=batch_size, gradient_accumulation_steps=1)
-    module.to(device)
-    ema = AveragedModel(module, multi_avg_fn=build_ema_function(train.ema_decay))
-    if compiled:
-        module.compile()
-    model, *optimizers = accelerator.prepare(module, *build_optimizers(module, train))
-
-    def update():
-        update_weights(model, optimizers, accelerator, train, lr_factor=1.0)
-        ema.update_parameters(module)
-    return lambda: compute_gradients(model, accelerator, train, 0, lambda step, rows, random: batch,
-                                     compute_loss), update
+    train = replace(config.train, batch_size=batch_size, compile=compiled, snapshot_every=0)
+    state = TrainState(module, train, accelerator)
+    return (lambda: state.compute_gradients(0, batch, compute_loss),
+            lambda: state.update_weights(1, lr_factor=1.0))
 
 
 def draw_encodings(batch_size, max_text_len):

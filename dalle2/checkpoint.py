@@ -3,6 +3,7 @@
 An export is a safetensors file whose header holds the whole config.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,11 @@ from dalle2.config import UserError
 from dalle2.files import replace_file
 
 HEADER_KEY = "dalle2"
+_CLIP = {"clip_model": str, "clip_pretrained": str, "relative_path": str, "fingerprint": str}
+HEADERS = {  # what a header must hold, by the kind of its export; more may be there
+    "clip": {"config": dict},
+    "prior": {"config": dict, "embed_dim": int, "clip": _CLIP},
+    "decoder": {"embed_dim": int, "clip": _CLIP, "stages": list}}
 
 
 def save_checkpoint(folder, state, must=False, keep=2):
@@ -62,21 +68,80 @@ def save_export(path, kind, header, state):
 def read_export_header(path, kind, flag="file"):
     """Header of an export; None for a file of another origin where `kind` is None.
 
-    Raises UserError, naming `flag`, where the file is absent or of another kind than `kind`.
+    Raises UserError, naming `flag`, where the file is absent, damaged or of another kind than
+    `kind`.
     """
     if not os.path.isfile(path):
         raise UserError(f"{flag}: no such file: {path}")
+    metadata, why = {}, ""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
-    except (safetensors.SafetensorError, OSError):
-        header = None
-    if kind is not None and (header is None or header["kind"] != kind):
-        found = "no export of this project" if header is None else f"a {header['kind']} export"
-        raise UserError(f"{flag}: {path} is {found}, a {kind} export is needed")
-    return header
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        why = f" ({str(error).splitlines()[0]})"
+    if HEADER_KEY not in metadata:
+        if kind is None:
+            return None
+        raise UserError(f"{flag}: {path} is no export of this project{why}, a {kind} export is "
+                        "needed")
+    with explain_damage(path, flag):
+        header = json.loads(metadata[HEADER_KEY])
+        found = header.get("kind") if isinstance(header, dict) else None
+        if found not in tuple(HEADERS):
+            raise UserError(f"its kind {found!r:.40} is unknown")
+        if kind in (None, found):
+            check_header(header, HEADERS[found])
+            return header
+    raise UserError(f"{flag}: {path} is a {found} export, a {kind} export is needed")
+
+
+def check_header(header, wanted, prefix=""):
+    """Raises UserError naming the first field of `header` that is not there or cannot be of the
+    type in `wanted`."""
+    if not isinstance(header, dict):
+        raise UserError(f"{header!r:.40} in its header is no object with fields")
+    for name, kind in wanted.items():
+        if name not in header:
+            raise UserError(f"{prefix}{name} is missing from its header")
+        value, is_nested = header[name], isinstance(kind, dict)
+        if type(value) is not (dict if is_nested else kind) or (kind is int and value < 1):
+            raise UserError(f"{prefix}{name} in its header cannot be {value!r:.40}")
+        if is_nested:
+            check_header(value, kind, f"{prefix}{name}.")
 
 
 def load_export(path, kind, flag):
     """(header, {name: tensor}) of an export of `kind`; raises UserError like read_export_header."""
-    return read_export_header(path, kind, flag), load_file(path)
+    header = read_export_header(path, kind, flag)
+    with explain_damage(path, flag):
+        return header, load_file(path)
+
+
+@contextlib.contextmanager
+def explain_damage(path, flag):
+    """Turns whatever goes wrong with the contents of the export `path`, in a network's constructor
+    for example, into a UserError of one line that names `flag` and file."""
+    try:
+        yield
+    except Exception as error:
+        what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        what = " ".join(what.removeprefix("--").split())
+        raise UserError(f"{flag}: {path} is damaged: {what:.300}") from error
+
+
+def load_network(build, weights):
+    """The network that `build()` gives, with `weights`, in eval mode. Raises UserError where names
+    or shapes do not fit, before anything of its size is allocated."""
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in build().state_dict().items()}
+    for name in wanted.keys() | weights.keys():
+        if name not in weights:
+            raise UserError(f"tensor {name} is missing")
+        if name not in wanted:
+            raise UserError(f"tensor {name} belongs to no part of the network")
+        if weights[name].shape != wanted[name]:
+            raise UserError(f"tensor {name} has shape {tuple(weights[name].shape)}, not "
+                            f"{tuple(wanted[name])}")
+    network = build()
+    network.load_state_dict(weights)
+    return network.eval()

@@ -1,6 +1,7 @@
 """What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import replace
@@ -8,17 +9,39 @@ from dataclasses import replace
 from dalle2.config import PRESETS, UserError, config_to_dict, validate_config
 
 DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
+MAX_INT = 2 ** 63 - 1  # what torch takes as a seed
 
 
 class Parser(argparse.ArgumentParser):
-    """Names every flag with its default in --help; a bad flag is one line and exit code 2."""
+    """Names every flag with its default in --help; a bad flag is one line and exit code 2. A flag
+    of type int or float takes no nan, no infinity and nothing beyond 64 bits."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.register("type", int, at_least(-MAX_INT))
+        self.register("type", float, at_least(-math.inf))
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help names every flag)\n")
+        self.exit(2, f"error: {message.removeprefix('argument ')} (--help names every flag)\n")
+
+
+def at_least(least):
+    """The `type=` of a flag that takes a finite number from `least` on: whole numbers if `least` is
+    one."""
+    kind, name = (int, "whole number") if isinstance(least, int) else (float, "number")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {name}") from None
+        if not abs(value) <= (MAX_INT if kind is int else sys.float_info.max):
+            raise argparse.ArgumentTypeError(f"{text} is not finite, or too large")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least:g}")
+        return value
+    return parse
 
 
 def run(main):
@@ -39,7 +62,7 @@ def add_data_flags(parser):
     data.add_argument("--val_img_path", default=f"{DATA_DIR}/val2014", help="picture folder")
     data.add_argument("--val_annot_path", help="COCO captions file; an empty string: no validation",
                       default=f"{DATA_DIR}/annotations/captions_val2014.json")
-    data.add_argument("--num_val_images", type=int, default=512,
+    data.add_argument("--num_val_images", type=at_least(1), default=512,
                       help="validate on the first so many pictures")
     data.add_argument("--store_dir", default=STORE_DIR,
                       help="where pictures and embeddings are kept, prepared once")
@@ -47,13 +70,15 @@ def add_data_flags(parser):
 
 def add_clip_flags(parser):
     clip = parser.add_argument_group("CLIP")
-    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu", help="open_clip model name")
+    clip.add_argument("--clip_model", default="ViT-L-14-quickgelu",
+                      help="open_clip model name, of those with CLIP's own tokenizer "
+                      "(docs/clips.md lists them)")
     clip.add_argument("--clip_pretrained", default="openai",
                       help="open_clip's tag of published weights, or a file (one that "
                       "train_clip.py wrote brings its architecture along)")
 
 
-def add_train_flags(parser, output_dir, fsdp=True):
+def add_train_flags(parser, output_dir, split=True):
     train = parser.add_argument_group("training (None: what the preset says)")
     train.add_argument("--output_dir", default=output_dir, help="run folder; resumes what is there")
     train.add_argument("--preset", default="base", choices=list(PRESETS),
@@ -61,20 +86,27 @@ def add_train_flags(parser, output_dir, fsdp=True):
     train.add_argument("--num_steps", type=int, help="optimizer updates")
     train.add_argument("--batch_size", type=int, help="of all processes together")
     train.add_argument("--lr", type=float, help="peak learning rate")
-    train.add_argument("--gradient_accumulation_steps", type=int,
-                       help="parts that a batch is computed in; more need less memory")
+    if split:
+        train.add_argument("--device_batch_size", type=int,
+                           help="rows that a device computes at a time (None: the preset's, 0: "
+                           "all of its share); halved by itself where memory runs out")
     train.add_argument("--seed", type=int, help="of noise, crops, captions and data order")
     train.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"],
                        help="auto: bf16 on a GPU that has it, fp16 on an older one, none on a CPU")
+    train.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
+                       help="convolutions with channels innermost: try it on a GPU")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="the network by torch.compile, after a minute or two at the start")
-    if fsdp:
+    if split:
         train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=None,
                            help="share weights, average and optimizer out among the processes, for "
                            "a network that one GPU does not hold")
     train.add_argument("--save_every", type=int, help="steps between checkpoints")
     train.add_argument("--save_minutes", type=float, help="and minutes between them; 0: no such")
     train.add_argument("--validate_every", type=int, help="steps between validations")
+    if split:
+        train.add_argument("--snapshot_every", type=int, help="steps between snapshots of two "
+                           "averages of the weights, for dalle2.choose; 0: none")
     train.add_argument("--log_with", choices=["tensorboard", "wandb", "none"],
                        default="tensorboard", help="beside metrics.jsonl and curves.png")
     train.add_argument("--dry_run", action="store_true",
@@ -84,8 +116,9 @@ def add_train_flags(parser, output_dir, fsdp=True):
 def override_train(config, args):
     """`config` (with a field `train`), validated, with the training flags that were given."""
     given = {name: value for name in ("num_steps", "batch_size", "lr", "seed", "mixed_precision",
-                                      "gradient_accumulation_steps", "compile", "fsdp",
-                                      "save_every", "save_minutes", "validate_every")
+                                      "device_batch_size", "channels_last", "compile", "fsdp",
+                                      "save_every", "save_minutes", "validate_every",
+                                      "snapshot_every")
              if (value := getattr(args, name, None)) is not None}
     return validate_config(replace(config, train=replace(config.train, **given)))
 
@@ -115,6 +148,11 @@ def open_stores(args, clip_source=None, **options):
         val = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
                             max_images=args.num_val_images, **options)
     return train, val
+
+
+def describe_data(store):
+    """What a run is trained on, to compare on resuming: its captions file and how many pictures."""
+    return {"annotations": store.source["annotations"][:16], "num_images": len(store)}
 
 
 class ClipSource:
@@ -170,6 +208,7 @@ def build_accelerator(mixed_precision):
     mixed_precision = resolve_precision(mixed_precision)
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
+        torch.backends.cudnn.benchmark = True  # the fastest convolution of each shape
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False,
                               cpu=not torch.cuda.is_available())
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -15,31 +15,39 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from dalle2.checkpoint import load_export, read_export_header
-from dalle2.config import ClipConfig, UserError, config_from_dict
+from dalle2.checkpoint import explain_damage, load_export, load_network, read_export_header
+from dalle2.config import ClipConfig, UserError, config_from_dict, validate_config
 
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 class FrozenClip:
-    """A CLIP that only embeds. Build it with `load_clip`, or around a model one trains."""
+    """A CLIP that only embeds. Build it with `load_clip`, or around a model one trains.
 
-    def __init__(self, model, tokenizer, *, mean=CLIP_MEAN, std=CLIP_STD):
+    embed_dim: D, the size of its embeddings. image_size, mean, std, interpolation, resize_mode: the
+    pictures it was trained on, as the model's own config says; OpenAI's for a CLIP of one's own.
+    """
+
+    def __init__(self, model, tokenizer):
         for name in ("sot_token_id", "eot_token_id"):
             if not hasattr(tokenizer, name):
                 raise UserError("--clip_model: only CLIPs with CLIP's own tokenizer (start and end "
                                 "token) can be used")
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.ln_final = dict(model.named_modules()).get(
-            "ln_final", dict(model.named_modules()).get("text.ln_final"))
-        device = next(model.parameters()).device
-        self.mean, self.std, self.device = mean, std, device
-        size = model.visual.image_size
+        self.text = getattr(model, "text", model)  # open_clip.CLIP holds its text tower's layers
+        self.device = next(model.parameters()).device
+        pictures = open_clip.get_model_preprocess_cfg(model)
+        size = pictures["size"]
         self.image_size = size[0] if isinstance(size, (tuple, list)) else size
+        self.mean, self.std = pictures.get("mean", CLIP_MEAN), pictures.get("std", CLIP_STD)
+        self.interpolation = pictures.get("interpolation", "bicubic")
+        self.resize_mode = pictures.get("resize_mode", "shortest")
         self.context_length = tokenizer.context_length
-        self.embed_dim, self.text_width = model.visual.output_dim, len(self.ln_final.weight)
-        self.is_causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None \
-            and model.text_projection is not None
+        weight = self.text.ln_final.weight.detach()
+        self.text_width, self.embed_dim = len(weight), len(self._project(weight[None])[0])
+        # CoCa pools at a token of its own, which it puts after all positions
+        self.is_causal = self.text.attn_mask is not None \
+            and getattr(self.text, "cls_emb", None) is None
 
     def tokenize(self, captions):
         """list of B strings -> text_tokens (B, L) int64: start, words, end, zeros. A caption that
@@ -57,14 +65,19 @@ class FrozenClip:
     @torch.no_grad()
     def embed_image(self, image):
         """image (B, 3, H, W), uint8 or float in [0, 1] -> image_embed (B, D) float32, unit norm."""
-        image = preprocess_image(image.to(self.device), self.image_size, self.mean, self.std)
+        image = preprocess_image(image.to(self.device), self.image_size, self.mean, self.std,
+                                 self.interpolation)
         return F.normalize(self.model.encode_image(image).float(), dim=-1)
 
     @torch.no_grad()
     def embed_text(self, text_tokens):
         """text_tokens (B, L) -> text_embed (B, D), unit norm, and text_encodings (B, M, D): the
         last layer's output after its norm, one vector a token, zero after the end token; M is L,
-        or the longest caption's length where the text tower is causal, which is exact."""
+        or the longest caption's length where the text tower is causal, which is exact.
+
+        Where the text tower is not D wide, CLIP's own text projection brings each of these vectors
+        to D, as it does with the one that becomes the text embedding: the prior reads vectors of
+        one size, and a projection of its own would be weights that the stock class lacks."""
         text_tokens = text_tokens.to(self.device)
         mask = self.compute_text_mask(text_tokens)
         if self.is_causal:
@@ -73,30 +86,52 @@ class FrozenClip:
             text_embed, text_encodings = self._run_text_tower(text_tokens)
         else:
             kept = []
-            hook = self.ln_final.register_forward_hook(lambda *args: kept.append(args[-1]))
+            hook = self.text.transformer.register_forward_hook(
+                lambda *args: kept.append(args[-1]))
             try:
                 text_embed = self.model.encode_text(text_tokens)
             finally:
                 hook.remove()
-            text_encodings = kept[0]
+            text_encodings = self.text.ln_final(kept[0][:, :mask.shape[1]])  # (B, L, W)
+        if self.text_width != self.embed_dim:
+            text_encodings = self._project(text_encodings)  # (B, M, D)
         return F.normalize(text_embed.float(), dim=-1), text_encodings.float() * mask[..., None]
 
     def _run_text_tower(self, text_tokens):
-        """What open_clip.CLIP.encode_text does, for fewer positions than the model has."""
-        model, length = self.model, text_tokens.shape[1]
-        x = model.token_embedding(text_tokens) + model.positional_embedding[:length]  # (B, M, W)
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        """What a causal tower of open_clip does, for fewer positions than the model has."""
+        text, length = self.text, text_tokens.shape[1]
+        x = text.token_embedding(text_tokens) + text.positional_embedding[:length]  # (B, M, W)
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
         ends = (text_tokens == self.tokenizer.eot_token_id).int().argmax(1)
-        pooled = x[torch.arange(len(x), device=x.device), ends]  # (B, W)
-        projection = model.text_projection
-        return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection, x
+        return self._project(x[torch.arange(len(x), device=x.device), ends]), x
+
+    def _project(self, x):
+        """(..., W) -> (..., D), from the text tower's width into the space of the embeddings."""
+        projection = self.text.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+    def list_differences(self, side):
+        """How squares of `side` px, cut from the middle of a photo, differ from the pictures that
+        this CLIP was trained on: a list of lines, empty for most."""
+        lines = []
+        if self.image_size > side:
+            lines.append(f"this CLIP reads pictures of {self.image_size} px and sees those of "
+                         f"{side} px enlarged: they hold no finer detail, and a CLIP that reads "
+                         f"{side} px or less embeds them in less time")
+        if self.resize_mode != "shortest":
+            lines.append(f"this CLIP was trained on whole photos made square ({self.resize_mode}) "
+                         "and sees the square in the middle of each: python -m dalle2.doctor tells "
+                         "how well it finds their captions")
+        return lines
 
 
-def preprocess_image(image, size, mean=CLIP_MEAN, std=CLIP_STD):
+def preprocess_image(image, size, mean=CLIP_MEAN, std=CLIP_STD, interpolation="bicubic"):
     """image (B, 3, H, W), uint8 or float in [0, 1] -> (B, 3, size, size) as a CLIP wants it:
-    resized (bicubic, antialiased) and normalised per channel."""
+    resized ("bicubic" or "bilinear", antialiased) and normalised per channel."""
     if image.shape[-1] != size:
-        image = TF.resize(image, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+        image = TF.resize(image, [size, size], TF.InterpolationMode(interpolation), antialias=True)
     image = image.float() / 255 if image.dtype == torch.uint8 else image.clamp(0, 1)
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
     return (image - mean) / std
@@ -140,37 +175,63 @@ def load_clip(clip_model, clip_pretrained, device="cpu"):
     Raises UserError on an unknown name or tag, a missing file, weights that do not fit.
     """
     if os.path.isfile(clip_pretrained):
-        header = read_export_header(clip_pretrained, kind=None)
+        header = read_export_header(clip_pretrained, kind=None, flag="--clip_pretrained")
         if header is not None:
             return _load_own_clip(clip_pretrained, device)
     elif os.sep in clip_pretrained or clip_pretrained.endswith((".pt", ".safetensors", ".bin")):
         raise UserError(f"--clip_pretrained: no such file: {clip_pretrained}")
-    if clip_model not in open_clip.list_models():
-        raise UserError(f"--clip_model: open_clip knows no {clip_model!r}; "
-                        "open_clip.list_models() names them")
-    tags = open_clip.list_pretrained_tags_by_model(clip_model)
-    if not os.path.isfile(clip_pretrained) and clip_pretrained not in tags:
-        raise UserError(f"--clip_pretrained: {clip_pretrained!r} is neither a file nor one of "
-                        f"{clip_model}'s tags: {', '.join(tags)}")
+    check_clip_name(clip_model, clip_pretrained)
     logging.disable(logging.WARNING)
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            clip_model, pretrained=clip_pretrained, device=device)
+        model = open_clip.create_model(clip_model, pretrained=clip_pretrained, device=device,
+                                       force_preprocess_cfg=_find_preprocessing(clip_model)
+                                       if os.path.isfile(clip_pretrained) else None)
     except Exception as error:
         raise UserError(f"--clip_pretrained: could not load {clip_model} {clip_pretrained}: "
                         f"{str(error).splitlines()[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
-    normalize = preprocess.transforms[-1]
-    return FrozenClip(model.requires_grad_(False), open_clip.get_tokenizer(clip_model),
-                      mean=tuple(normalize.mean), std=tuple(normalize.std))
+    return FrozenClip(model.requires_grad_(False), open_clip.get_tokenizer(clip_model))
+
+
+def check_clip_name(clip_model, clip_pretrained):
+    """Raises UserError where open_clip does not know the model or the weights, where the model has
+    a tokenizer of its own, or where its activation is not that of the weights, of which open_clip
+    only warns. Loads nothing."""
+    config = open_clip.get_model_config(clip_model)
+    if config is None:
+        raise UserError(f"--clip_model: open_clip knows no {clip_model!r}; "
+                        "open_clip.list_models() names them")
+    tokenizer = config["text_cfg"].get("hf_tokenizer_name")
+    if tokenizer:
+        raise UserError(f"--clip_model: {clip_model} has the tokenizer of {tokenizer}; only CLIPs "
+                        "with CLIP's own tokenizer (start and end token) can be used")
+    if os.path.isfile(clip_pretrained):
+        return
+    tags = open_clip.list_pretrained_tags_by_model(clip_model)
+    if clip_pretrained not in tags:
+        raise UserError(f"--clip_pretrained: {clip_pretrained!r} is neither a file nor one of "
+                        f"{clip_model}'s tags: {', '.join(tags) or 'it has none'}")
+    wants_quick_gelu = open_clip.get_pretrained_cfg(clip_model, clip_pretrained).get("quick_gelu")
+    if wants_quick_gelu and not config.get("quick_gelu"):
+        raise UserError(f"--clip_model: the weights {clip_pretrained} of {clip_model} were trained "
+                        f"with QuickGELU: name {clip_model}-quickgelu")
+
+
+def _find_preprocessing(clip_model):
+    """Mean, std, interpolation and resize mode that all published weights of a model share, for
+    weights in a file, which brings none along; None where there are none, or not one alone."""
+    found = [{key: open_clip.get_pretrained_cfg(clip_model, tag)[key]
+              for key in ("mean", "std", "interpolation", "resize_mode")}
+             for tag in open_clip.list_pretrained_tags_by_model(clip_model)]
+    return found[0] if found and all(other == found[0] for other in found) else None
 
 
 def _load_own_clip(path, device):
     header, state = load_export(path, kind="clip", flag="--clip_pretrained")
-    config = config_from_dict(ClipConfig, header["config"])
-    model = build_clip(config)
-    model.load_state_dict(state)
+    with explain_damage(path, "--clip_pretrained"):
+        config = validate_config(config_from_dict(ClipConfig, header["config"]))
+        model = load_network(lambda: build_clip(config), state)
     return FrozenClip(model.to(device).requires_grad_(False),
                       build_tokenizer(config.context_length))
 

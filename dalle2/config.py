@@ -25,16 +25,21 @@ class TrainConfig:
     warmup_steps: int = 1000         # steps of linear warm-up
     weight_decay: float = 0.0        # on parameters with two or more dimensions
     adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
     max_grad_norm: float = 1.0       # gradients are clipped to this global norm
     ema_decay: float = 0.9999        # of the exported weights; warmed up over the first steps
-    gradient_accumulation_steps: int = 1   # parts that a process computes its batch in
+    device_batch_size: int = 0       # rows that a device computes at a time, 0: all of its share;
+                                     # halved where memory runs out, which changes no result
     seed: int = 0                    # noise, timesteps, crops, captions and order follow from it
     mixed_precision: str = "auto"    # "no", "bf16", "fp16"; "auto": bf16 where CUDA has it
+    channels_last: bool = False      # convolution weights and feature maps with channels innermost
     compile: bool = False            # the network by torch.compile; on a CPU it does not pay
     fsdp: bool = False               # weights and optimizer shared out among the processes (FSDP2)
     save_every: int = 2500           # steps between checkpoints and exports
     save_minutes: float = 0.0        # and minutes between them; 0: steps alone
     validate_every: int = 2500       # steps between validations
+    snapshot_every: int = 0          # steps between snapshots of two long averages of the weights,
+                                     # to choose from afterwards (dalle2.choose); 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,7 @@ class PriorConfig:
     beta_schedule: str = "cosine"
     text_cond_drop_prob: float = 0.1
     sample_timesteps: int = 16
+    num_candidates: int = 2          # embeddings sampled a caption; the nearest to it is kept
     cond_scale: float = 1.0          # guidance when sampling; 1 is none
     train: TrainConfig
 
@@ -93,6 +99,8 @@ class UnetConfig:
     beta_schedule: str = "cosine"
     min_snr_gamma: float = 5.0       # loss weight, Hang et al. 2023; 0 is none
     image_cond_drop_prob: float = 0.1   # first stage
+    gradient_checkpointing: bool = False   # computes blocks again in the backward pass: a fraction
+                                     # of the memory for about a third more time
     crop_size: int = 0               # later stages: side of the training crops; 0 is the whole
     lowres_noise_max_level: int = 400   # later stages: conditioning noise, of 1000, in training
     lowres_noise_level: int = 100       # and when sampling (Saharia et al. 2022, sec. 2.4)
@@ -158,27 +166,31 @@ PRESETS = {
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=6, heads=12, max_text_len=32,
                           train=TrainConfig(num_steps=100_000, batch_size=256, lr=1.1e-4,
-                                            weight_decay=6e-2, gradient_accumulation_steps=4)),
+                                            weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
+                                            snapshot_every=10_000)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=96, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=200_000, batch_size=128, lr=1.2e-4,
-                                         gradient_accumulation_steps=2)),
+                                         snapshot_every=20_000)),
             UnetConfig(image_size=256, dim=32, dim_mults=(1, 2, 4, 8), crop_size=64,
-                       train=TrainConfig(num_steps=100_000, batch_size=128, lr=1.2e-4))))),
+                       train=TrainConfig(num_steps=100_000, batch_size=128, lr=1.2e-4,
+                                         snapshot_every=10_000))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32,
                           train=TrainConfig(num_steps=150_000, batch_size=1024, lr=1.1e-4,
-                                            weight_decay=6e-2, gradient_accumulation_steps=8)),
+                                            weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
+                                            snapshot_every=15_000)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=128, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4,
-                                         gradient_accumulation_steps=2)),
+                                         snapshot_every=30_000)),
             UnetConfig(image_size=256, dim=64, dim_mults=(1, 2, 4, 8), crop_size=64,
-                       train=TrainConfig(num_steps=150_000, batch_size=512, lr=1.2e-4))))),
+                       train=TrainConfig(num_steps=150_000, batch_size=512, lr=1.2e-4,
+                                         snapshot_every=15_000))))),
     # the sizes of the older repositories, to compare with them
     "seed": Preset(
         clip=_BASE_CLIP,
@@ -199,10 +211,14 @@ PRESETS = {
 
 _CHOICES = {"lr_schedule": ("cosine", "constant"), "beta_schedule": ("cosine", "linear"),
             "mixed_precision": ("auto", "no", "bf16", "fp16")}
-_MAY_BE_ZERO = {"muon_lr", "save_minutes", "weight_decay", "warmup_steps", "seed", "logit_scale",
+_MAY_BE_ZERO = {"muon_lr", "device_batch_size", "snapshot_every", "save_minutes", "weight_decay",
+                "warmup_steps", "seed", "logit_scale",
                 "init_conv_kernel_size", "min_snr_gamma", "num_resnet_blocks", "cond_dim",
                 "crop_size", "lowres_noise_max_level", "lowres_noise_level",
                 "text_cond_drop_prob", "image_cond_drop_prob"}
+_MOST = {"depth": 1000, "text_layers": 1000, "vision_layers": 1000, "num_resnet_blocks": 100,
+         "timesteps": 10 ** 6}
+_MOST_OF_ANY = 2 ** 63 - 1  # what a tensor's size or a seed can be
 
 
 def validate_config(config):
@@ -214,16 +230,28 @@ def validate_config(config):
         if dataclasses.is_dataclass(value):
             validate_config(value)
         elif isinstance(value, tuple):
-            for part in filter(dataclasses.is_dataclass, value):
-                validate_config(part)
+            for part in value:
+                if dataclasses.is_dataclass(part):
+                    validate_config(part)
+                else:
+                    _validate_number(name, part)
         elif name in _CHOICES and value not in _CHOICES[name]:
             raise UserError(f"--{name}: {value!r} is not one of {', '.join(_CHOICES[name])}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):
-                raise UserError(f"--{name}: {value} must be positive")
-            if name.endswith(("_prob", "_decay", "beta2")) and value >= 1:
-                raise UserError(f"--{name}: {value} must be below 1")
+        else:
+            _validate_number(name, value)
     return config
+
+
+def _validate_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    most = _MOST.get(name, _MOST_OF_ANY)
+    if not (value > 0 or (value == 0 and name in _MAY_BE_ZERO)):  # nan is neither
+        raise UserError(f"--{name}: {value!r:.20} must be positive")
+    if value > most:
+        raise UserError(f"--{name}: {value!r:.20} must be at most {most}")
+    if name.endswith(("_prob", "_decay", "beta2")) and value >= 1:
+        raise UserError(f"--{name}: {value} must be below 1")
 
 
 def config_to_dict(config):
@@ -233,8 +261,10 @@ def config_to_dict(config):
 def config_from_dict(kind, values):
     """The dataclass `kind` from what `config_to_dict` made, possibly by way of JSON.
 
-    Raises UserError on an unknown or a missing field.
+    Raises UserError on an unknown or a missing field and on a value of another type.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{kind.__name__}: {values!r:.40} is no object with fields")
     known = typing.get_type_hints(kind)
     unknown = set(values) - set(known)
     missing = {item.name for item in dataclasses.fields(kind)
@@ -242,12 +272,15 @@ def config_from_dict(kind, values):
     if unknown or missing:
         raise UserError(f"{kind.__name__}: unknown fields {sorted(unknown)}, "
                         f"missing fields {sorted(missing)}")
-    return kind(**{name: _from_json(known[name], value) for name, value in values.items()})
+    return kind(**{name: _from_json(name, known[name], value) for name, value in values.items()})
 
 
-def _from_json(hint, value):
+def _from_json(name, hint, value):
     if dataclasses.is_dataclass(hint):
         return config_from_dict(hint, value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(_from_json(typing.get_args(hint)[0], part) for part in value)
-    return value
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_from_json(name, typing.get_args(hint)[0], part) for part in value)
+    kinds = typing.get_args(hint) or (hint,)  # those of `int | None` are two
+    if type(value) in kinds or (float in kinds and type(value) is int):
+        return value
+    raise UserError(f"--{name}: {value!r:.40} is no {getattr(hint, '__name__', hint)}")

@@ -7,8 +7,10 @@ file that imports pycocotools.
 import contextlib
 import io
 import json
+import math
 import os
-import warnings
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,12 +23,12 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2.config import UserError
-from dalle2.files import build_once
+from dalle2.files import build_once, read_source
 from dalle2.rng import derive_seed
 
 STORE_IMAGE_SIZE = 256
 MAX_PIXELS = 100_000_000  # of a photo; a larger one is taken for a decompression bomb
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own, smaller limit, which warns
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def load_image(path, size=STORE_IMAGE_SIZE):
             else:
                 image = ImageOps.exif_transpose(image).convert("RGB")
                 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
+    except (RuntimeError, SyntaxError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
     return resize_and_crop(pixels, size)
 
@@ -119,6 +121,7 @@ class Store:
 
     def __init__(self, folder, embed_folder=None):
         self.folder = Path(folder)
+        self.source = read_source(self.folder / "images")
         rows = json.loads((self.folder / "images" / "images.json").read_text())
         self.image_ids, self.file_names, self.captions = map(list, zip(*rows))
         self.image_format = find_image_format(self.folder / "images")
@@ -145,12 +148,13 @@ class Store:
         """(B, max_text_len, D) as stored, zero after the end token. A caption that is longer keeps
         its first tokens and its end token."""
         rows = np.asarray(rows)
-        start, length = self.token_start[rows], self.token_start[rows + 1] - self.token_start[rows]
-        index = start[:, None] + np.arange(max_text_len)                    # (B, L)
-        index[:, -1] = start + np.maximum(length, max_text_len) - 1
-        kept = np.arange(max_text_len) < length[:, None]
-        out = np.zeros((*kept.shape, self.text_encodings.shape[-1]), self.text_encodings.dtype)
-        out[kept] = self.text_encodings[index[kept]]
+        out = np.zeros((len(rows), max_text_len, self.text_encodings.shape[-1]),
+                       self.text_encodings.dtype)
+        starts, ends = self.token_start[rows].tolist(), self.token_start[rows + 1].tolist()
+        for encodings, start, end in zip(out, starts, ends):
+            kept = min(end - start, max_text_len)
+            encodings[:kept] = self.text_encodings[start:start + kept]
+            encodings[kept - 1] = self.text_encodings[end - 1]
         return torch.from_numpy(out)
 
     def find_image_of_nearest_caption(self, text_embed):
@@ -185,20 +189,90 @@ def find_image_format(folder):
 
 class JpegImages:
     """Pictures kept as JPEG files, one after the other in `stream`, picture i from start[i] to
-    start[i + 1]; read like an array (N, 3, 256, 256) of uint8 along its first axis."""
+    start[i + 1]; read like an array (N, 3, 256, 256) of uint8 along its first axis. Threads decode
+    several at once."""
 
     def __init__(self, stream, start):
         self.stream, self.start = stream, start
         self.shape = (len(start) - 1, 3, STORE_IMAGE_SIZE, STORE_IMAGE_SIZE)
+        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, index):
         if isinstance(index, (int, np.integer)):
-            stream = torch.from_numpy(self.stream[self.start[index]:self.start[index + 1]].copy())
-            return decode_image(stream, ImageReadMode.RGB).numpy()
-        return np.stack([self[i] for i in np.arange(len(self))[index]])
+            return decode_jpeg(self._read(index)).transpose(2, 0, 1)
+        return np.stack(list(self.pool.map(self.__getitem__, np.arange(len(self))[index])))
+
+    def read_crops(self, indexes, corners, size):
+        """(B, 3, size, size) of pictures `indexes` (B,), cut out at corners [(top, left)]. Decodes
+        only the rows that a crop needs."""
+        def read(index, corner):
+            top, left = corner
+            content, skipped = cut_jpeg(self._read(index), top, top + size)
+            rows = decode_jpeg(content)[top - skipped:top - skipped + size]
+            return rows[:, left:left + size].transpose(2, 0, 1)
+        return np.stack(list(self.pool.map(read, indexes, corners)))
+
+    def _read(self, index):
+        return self.stream[self.start[index]:self.start[index + 1]].tobytes()
+
+
+def decode_jpeg(content):
+    """bytes of a JPEG file -> (H, W, 3) uint8."""
+    import simplejpeg  # here, since a store of uint8 needs it not
+    return simplejpeg.decode_jpeg(content)
+
+
+RESTART_MARKER = re.compile(b"\xff[\xd0-\xd7]")
+
+
+def cut_jpeg(content, top, bottom):
+    """(bytes of a JPEG file of the rows that hold rows `top` to `bottom`, the rows above it).
+
+    Where a restart marker ends each row of blocks, the file can be cut there without decoding it
+    (ITU-T T.81, B.2.1): the height in its header changes, the markers are numbered anew. A row of
+    pixels more on either side is kept, which smooths the colors of those within. A file without
+    the markers comes back whole.
+    """
+    scan = content.index(b"\xff\xda")
+    scan += 2 + int.from_bytes(content[scan + 2:scan + 4], "big")
+    ends = [marker.end() for marker in RESTART_MARKER.finditer(content, scan)]
+    if not ends:
+        return content, 0
+    bounds = [scan, *ends, len(content)]
+    height = STORE_IMAGE_SIZE // (len(bounds) - 1)  # of a row of blocks, pixels
+    first, last = max(0, top - 1) // height, min(bottom, STORE_IMAGE_SIZE - 1) // height
+    frame = content.index(b"\xff\xc0") + 5  # where the height stands
+    parts = [content[:frame], (height * (last - first + 1)).to_bytes(2, "big"),
+             content[frame + 2:scan]]
+    for number in range(first, last + 1):
+        parts += [content[bounds[number]:bounds[number + 1] - 2],
+                  b"\xff\xd9" if number == last else bytes((0xff, 0xd0 + (number - first) % 8))]
+    return b"".join(parts), first * height
+
+
+def load_pictures(store, size, device):
+    """(N, 3, size, size) uint8 of a store: a tensor on a GPU where that takes at most a quarter of
+    its free memory, otherwise read from disk as they are needed."""
+    pictures = store.images if size == STORE_IMAGE_SIZE else store.load_small_images(size)
+    if device.type != "cuda" or math.prod(pictures.shape) > torch.cuda.mem_get_info(device)[0] / 4:
+        return pictures
+    whole = torch.empty(pictures.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(pictures), 1024):
+        whole[start:start + 1024] = torch.from_numpy(np.array(pictures[start:start + 1024]))
+    return whole
+
+
+def read_crops(pictures, indexes, corners, size):
+    """(B, 3, size, size) uint8 of pictures that are not on a GPU, cut out at corners (B, 2) of top
+    and left."""
+    corners = corners.tolist()
+    if isinstance(pictures, JpegImages):
+        return torch.from_numpy(pictures.read_crops(indexes, corners, size))
+    return torch.from_numpy(np.stack([pictures[index, :, top:top + size, left:left + size]
+                                      for index, (top, left) in zip(indexes, corners)]))
 
 
 @lru_cache(maxsize=2)

@@ -6,6 +6,7 @@ dalle2-pytorch, so that its samplers run our networks.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -33,6 +34,7 @@ class Diffusion:
         self.min_snr_gamma = min_snr_gamma
         self.alpha = alphas_cumprod.sqrt().float().to(device)        # (T,)
         self.sigma = (1 - alphas_cumprod).sqrt().float().to(device)  # (T,)
+        self.half_log_snr = alphas_cumprod.logit() / 2  # (T,) log(alpha / sigma), falling with t
 
     def coefficients(self, t, like):
         """alpha_t and sigma_t for t (B,), shaped to multiply `like` (B, ...)."""
@@ -51,9 +53,8 @@ class Diffusion:
             return alpha * noise - sigma * x_start
         return x_start if self.predict_x_start else noise
 
-    def to_x_start(self, prediction, x_t, t):
-        """The network's word, turned into its estimate of x_start."""
-        alpha, sigma = self.coefficients(t, x_t)
+    def to_x_start(self, prediction, x_t, alpha, sigma):
+        """Converts the network's output to an estimate of x_start; alpha, sigma: those of x_t."""
         if self.predict_v:
             return alpha * x_t - sigma * prediction
         return prediction if self.predict_x_start else (x_t - sigma * prediction) / alpha
@@ -82,9 +83,15 @@ def build_diffusion(config, device):
                      config.predict_x_start, config.min_snr_gamma, device)
 
 
+@lru_cache
+def build_lowres_diffusion(device):
+    """The process of `noise_lowres`, built once a device."""
+    return Diffusion(1000, "linear", device=device)
+
+
 def noise_lowres(lowres_cond_img, level, noise):
     """Noise conditioning augmentation (Saharia et al. 2022, sec. 2.4), as dalle2-pytorch does it:
     the conditioning picture (B, 3, H, W) in [-1, 1], noised to timestep `level` (B,) of a linear
     schedule of 1000. Returns it with `level`."""
-    diffusion = Diffusion(1000, "linear", device=lowres_cond_img.device)
+    diffusion = build_lowres_diffusion(lowres_cond_img.device)
     return diffusion.q_sample(lowres_cond_img, level, noise), level

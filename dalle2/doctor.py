@@ -4,16 +4,19 @@ Takes the flags of the training scripts. Every line begins with ok, warning or e
 error says what to do. Writes five random pairs to look at; prepares and trains nothing.
 """
 
+import math
 import os
 import random
 import shutil
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2 import cli
@@ -21,9 +24,11 @@ from dalle2.config import PRESETS, UserError
 from dalle2.data import STORE_IMAGE_SIZE, load_captions, load_image
 from dalle2.metrics import compute_recall
 from dalle2.models import build_prior, build_unet
+from dalle2.optimizer import build_optimizers
 from dalle2.prepare import BYTES_A_PICTURE
 
 NUM_PICTURES, NUM_CAPTIONS, NUM_PAIRS = 64, 2000, 5
+SECONDS_A_NETWORK, REPEATS = 8.0, 3  # of timing
 
 
 class Report:
@@ -141,10 +146,10 @@ def check_clip(args, records, pictures, preset, report):
     except UserError as error:
         report.error(str(error))
         return None
-    report.check(clip.embed_dim == clip.text_width, f"CLIP {args.clip_model} "
-                 f"{args.clip_pretrained}: {clip.image_size} px, embedding {clip.embed_dim}, text "
-                 f"width {clip.text_width}", "the prior needs a CLIP where both are the same; "
-                 "choose another --clip_model", "error")
+    report.ok(f"CLIP {args.clip_model} {args.clip_pretrained}: {clip.image_size} px, embedding "
+              f"{clip.embed_dim}, text width {clip.text_width}")
+    for line in clip.list_differences(STORE_IMAGE_SIZE):
+        report.warning(line)
     captions = [caption for record in records for caption in record.captions]
     captions = random.Random(0).sample(captions, min(NUM_CAPTIONS, len(captions)))
     start = time.perf_counter()
@@ -209,37 +214,100 @@ def check_machine(args, records, clip, report):
 
 
 def estimate_training(preset, embed_dim, report):
-    """Times a step of a few samples for each network of the preset on this machine."""
+    """Times the computation of each network of the preset on this machine: as many rows at a time
+    as pay, and once a step the optimizer and the average. Loading of data is not timed."""
     device = cli.pick_device()
-    rows = 16 if device.type == "cuda" else 2
-    noise = torch.randn(rows, embed_dim, device=device)
-    t = torch.zeros(rows, dtype=torch.long, device=device)
-    text = torch.randn(rows, preset.prior.max_text_len, embed_dim, device=device)
-    jobs = [("prior", build_prior(preset.prior, embed_dim), preset.prior.train, lambda net: net(
-        noise, t, text_embed=noise, text_encodings=text, text_cond_drop_prob=t.float()))]
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as training does
+    devices = max(1, torch.cuda.device_count())
+    where = f"{devices} GPU" + "s" * (devices > 1) if device.type == "cuda" else "this CPU"
+    jobs = [("prior", build_prior(preset.prior, embed_dim), preset.prior.train, partial(
+        draw_prior_inputs, preset.prior, embed_dim, device))]
     for number, config in enumerate(preset.decoder.unets, start=1):
-        side = config.crop_size or config.image_size
-        image = torch.randn(rows, 3, side, side, device=device)
-        condition = dict(image_embed=noise, image_cond_drop_prob=t.float()) if number == 1 else \
-            dict(image_embed=None, lowres_cond_img=image, lowres_noise_level=t)
-        jobs.append((f"unet {number}", build_unet(config, number, embed_dim), config.train,
-                     lambda net, image=image, condition=condition: net(image, t, **condition)))
-    amp = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    for name, network, train, forward in jobs:
-        network.to(device)
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            with amp:
-                loss = forward(network).float().square().mean()
-            loss.backward()
-            loss.item()
-            seconds.append(time.perf_counter() - start)
-        hours = min(seconds) / rows * train.batch_size * train.num_steps / 3600
+        jobs.append((f"unet {number}", build_unet(config, number, embed_dim), config.train, partial(
+            draw_unet_inputs, config, number, embed_dim, device)))
+    for name, network, train, draw_inputs in jobs:
+        share = math.ceil(train.batch_size / devices)  # rows that one device computes in a step
+        rows, seconds, update = time_step(
+            network.to(device), train, draw_inputs,
+            math.ceil(share / train.gradient_accumulation_steps))
+        hours = (seconds / rows * share + update) * train.num_steps / 3600
         told = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
         report.check(hours < 24 * 30, f"{name}: about {told} for {train.num_steps} steps of "
-                     f"{train.batch_size} on one such device", "choose a smaller --preset, more "
-                     "devices or fewer --num_steps")
+                     f"{train.batch_size} on {where} (timed: {rows} rows at a time, "
+                     f"{1000 * seconds / rows:.3g} ms a row; optimizer and average "
+                     f"{1000 * update:.3g} ms a step)", "choose a smaller --preset, more devices "
+                     "or fewer --num_steps")
+
+
+def draw_prior_inputs(config, embed_dim, device, rows):
+    embed, drop = torch.randn(rows, embed_dim, device=device), torch.zeros(rows, device=device)
+    text = torch.randn(rows, config.max_text_len, embed_dim, device=device)
+    return (embed, drop.long()), dict(text_embed=embed, text_encodings=text,
+                                      text_cond_drop_prob=drop)
+
+
+def draw_unet_inputs(config, number, embed_dim, device, rows):
+    side, drop = config.crop_size or config.image_size, torch.zeros(rows, device=device)
+    image = torch.randn(rows, 3, side, side, device=device)
+    condition = dict(image_embed=torch.randn(rows, embed_dim, device=device),
+                     image_cond_drop_prob=drop) if number == 1 else \
+        dict(image_embed=None, lowres_cond_img=image, lowres_noise_level=drop.long())
+    return (image, drop.long()), condition
+
+
+def time_step(network, train, draw_inputs, most):
+    """(rows, seconds that forward and backward take for them, seconds of an update), of as many
+    rows at a time as pay, `most` at most. train: TrainConfig."""
+    device = next(network.parameters()).device
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
+    optimizers = build_optimizers(network, train)
+
+    def compute_gradients(rows):
+        inputs, condition = draw_inputs(rows)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            loss = network(*inputs, **condition).float().square().mean()
+        loss.backward()
+        loss.item()  # waits for a GPU
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(network.parameters(), train.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        average.update_parameters(network)
+        next(network.parameters()).sum().item()
+
+    rows, seconds = find_rows(compute_gradients, most)
+    return rows, seconds, time_call(update)
+
+
+def find_rows(compute, most, budget=SECONDS_A_NETWORK):
+    """(rows, seconds that `compute(rows)` takes) where a row is cheapest. Rows are doubled up to
+    `most`, until two doublings on end make a row less than a tenth cheaper, CUDA's memory is full,
+    or the next would go beyond `budget` s."""
+    rows, misses, seconds = 1, 0, time_call(partial(compute, 1))
+    best, end = (rows, seconds), time.perf_counter() + budget
+    while rows < most and misses < 2 and time.perf_counter() + 2 * REPEATS * seconds < end:
+        rows = min(2 * rows, most)
+        try:
+            seconds = time_call(partial(compute, rows))
+        except torch.cuda.OutOfMemoryError:
+            break
+        cost, least = seconds / rows, best[1] / best[0]
+        misses = 0 if cost < 0.9 * least else misses + 1
+        best = (rows, seconds) if cost < least else best
+    return best
+
+
+def time_call(call):
+    """Seconds of the fastest of a few calls, of one alone where that takes long. The first may
+    build and fetch what the rest find there."""
+    seconds = []
+    while len(seconds) < REPEATS and sum(seconds) < SECONDS_A_NETWORK / 4:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ def parse_args():
     sample.add_argument("--prior_cond_scale", type=float, nargs="+", help="of the prior, likewise")
     sample.add_argument("--sample_timesteps", type=int, nargs="+", help="steps: one number for "
                         "all, or the prior's and each stage's (None: the configs')")
+    sample.add_argument("--num_candidates", type=int, help="embeddings that the prior samples a "
+                        "caption, of which the nearest to it is kept (None: the config's)")
+    sample.add_argument("--lowres_noise_level", type=int, help="noise on the picture that an "
+                        "upsampler enlarges, of 1000 (None: the configs')")
     sample.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER)
     cli.add_precision_flag(sample)
     sample.add_argument("--seed", type=int, default=0)
@@ -90,7 +94,8 @@ def check_flags(args):
         args.num_images = NUM_SWEEP_IMAGES if args.sweep else NUM_IMAGES
     for name, least in (("num_images", 2), ("num_reference_images", 2), ("batch_size", 1),
                         ("samples_for_diversity", 1), ("sample_timesteps", 1), ("cond_scale", 0),
-                        ("prior_cond_scale", 0)):
+                        ("prior_cond_scale", 0), ("num_candidates", 1),
+                        ("lowres_noise_level", 0)):
         value = getattr(args, name)
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(least <= value < float("inf") for value in values):
@@ -181,6 +186,9 @@ def list_runs(args, pipeline):
         settings = {**files, "seed": args.seed, "sampler": args.sampler,
                     "mixed_precision": pipeline.precision, "cond_scale": cond_scale,
                     "prior_cond_scale": prior_cond_scale,
+                    "num_candidates": args.num_candidates or prior.num_candidates,
+                    "lowres_noise_level": pipeline.resolve_lowres_noise_level(
+                        args.lowres_noise_level),
                     "sample_timesteps": pipeline.resolve_timesteps(given)}
         name = f"cond_{cond_scale:g}_prior_{prior_cond_scale:g}_steps_{tell_steps(settings)}"
         runs[Path(args.output_dir, "sweep", name) if args.sweep else Path(args.output_dir)] = \
@@ -209,9 +217,10 @@ def render(pipeline, jobs, folder, settings, batch_size):
     start, sampler = time.perf_counter(), {"sampler": settings["sampler"]}
     render_jobs(pipeline, jobs, folder, settings, batch_size=batch_size,
                 prior_options={"prior_cond_scale": settings["prior_cond_scale"],
+                               "num_candidates": settings["num_candidates"],
                                "sample_timesteps": steps[0], **sampler},
                 options={"cond_scale": settings["cond_scale"], "sample_timesteps": steps[1:],
-                         **sampler})
+                         "lowres_noise_level": settings["lowres_noise_level"], **sampler})
     if not join_processes().is_main_process:
         return None
     if count:

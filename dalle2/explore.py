@@ -20,6 +20,7 @@ from dalle2.images import arrange, make_file_stem, save_jpeg
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.rng import derive_seed
 from dalle2.sampling import (
+    SAMPLER,
     build_denoiser,
     compute_levels,
     draw_part,
@@ -199,7 +200,7 @@ def invert(pipeline, photos, image_embed, args):
         denoise = build_denoiser(pipeline.unets[0], config, embed, args.cond_scale)
         x_start = resize(photo, config.image_size) / 127.5 - 1
         noise = draw_part([args.seed], x_start.shape[1:], x_start.device, "invert")
-        levels = compute_levels(build_diffusion(config, x_start.device),
+        levels = compute_levels(build_diffusion(config, "cpu"),
                                 max(INVERSION_STEPS, args.sample_timesteps or 0))
         x_t, levels = find_start(denoise, x_start, noise, levels)
         found.append(invert_ddim(denoise, x_t, levels))
@@ -217,7 +218,7 @@ def find_start(denoise, x_start, noise, levels):
     for index in reversed(range(len(levels) - 1)):
         level = levels[index]
         x_t = level.alpha * x_start + level.sigma * noise
-        if (denoise(x_t, level.t) - x_start).square().mean().sqrt() < MAX_ERROR * level.sigma:
+        if (denoise(x_t, level) - x_start).square().mean().sqrt() < MAX_ERROR * level.sigma:
             break
     return x_t, [*levels[:index + 1], levels[-1]]
 
@@ -225,11 +226,11 @@ def find_start(denoise, x_start, noise, levels):
 def decode(pipeline, image_embed, x_t, seeds, args, eta=0.0):
     """image (B, 3, 256, 256) in [0, 1] of image_embed (B or 1, D) and the first stage's noise x_t
     (B or 1, 3, h, w), by DDIM; seeds: B, of all other noise."""
-    first = args.sample_timesteps or pipeline.unet_configs[0].sample_timesteps
-    steps = [first, *(config.sample_timesteps for config in pipeline.unet_configs[1:])]
+    later = [None] * len(pipeline.unets[1:])
     return pipeline.sample_images(
         image_embed.expand(len(seeds), -1), seeds, noise=x_t.expand(len(seeds), -1, -1, -1),
-        cond_scale=args.cond_scale, sample_timesteps=steps, sampler="ddim", eta=eta)
+        cond_scale=args.cond_scale, sample_timesteps=[args.sample_timesteps, *later],
+        sampler=["ddim", *(SAMPLER for _ in later)], eta=eta)
 
 
 def join(*parts):

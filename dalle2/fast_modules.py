@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from dalle2_pytorch import dalle2_pytorch as library
+from torch.utils.checkpoint import checkpoint
 
 
 def swap_modules(network):
@@ -197,24 +198,33 @@ class FastUnet(library.Unet):
         if self.init_resnet_block is not None:
             x = self.init_resnet_block(x, t)
         skipped = []
+        run = self.run_block
         for pre_downsample, init_block, resnet_blocks, attention, post_downsample in self.downs:
             x = x if pre_downsample is None else pre_downsample(x)
-            x = init_block(x, t, cond)
+            x = run(init_block, x, t, cond)
             for block in resnet_blocks:
-                x = block(x, t, cond)
+                x = run(block, x, t, cond)
                 skipped.append(x)
-            x = attention(x)
+            x = run(attention, x)
             skipped.append(x)
             x = x if post_downsample is None else post_downsample(x)
-        x = self.mid_block2(self.mid_attn(self.mid_block1(x, t, mid_cond)), t, mid_cond)
+        x = run(self.mid_attn, run(self.mid_block1, x, t, mid_cond))
+        x = run(self.mid_block2, x, t, mid_cond)
         for init_block, resnet_blocks, attention, upsample in self.ups:
             for block in (init_block, *resnet_blocks):
-                x = block(torch.cat([x, skipped.pop()], dim=1), t, cond)
-            x = upsample(attention(x))
-        x = self.final_resnet_block(torch.cat([x, first], dim=1), t)
+                x = run(block, torch.cat([x, skipped.pop()], dim=1), t, cond)
+            x = run(upsample, run(attention, x))
+        x = run(self.final_resnet_block, torch.cat([x, first], dim=1), t)
         if self.lowres_cond:
             x = torch.cat([x, lowres_cond_img], dim=1)
         return self.to_out(x)
+
+    def run_block(self, block, *args):
+        """block(*args); with gradient checkpointing its activations are not kept but computed again
+        in the backward pass (Chen et al. 2016, arXiv 1604.06174)."""
+        if self.training and self.checkpoint_during_training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
 
 class Prefix(NamedTuple):
@@ -222,6 +232,11 @@ class Prefix(NamedTuple):
 
     length: int      # M
     keys_values: list  # (keys (B, M, d), values (B, M, d)) of each layer
+
+    def repeat_rows(self, count):
+        """The Prefix of B count rows, each row `count` times in succession."""
+        return Prefix(self.length, [tuple(part.repeat_interleave(count, dim=0) for part in pair)
+                                    for pair in self.keys_values])
 
 
 class FastCausalTransformer(library.CausalTransformer):

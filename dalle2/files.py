@@ -29,9 +29,9 @@ def build_once(folder, source, build):
     folder = Path(folder)
     with hold_lock(folder.with_name(f".{folder.name}.lock"),
                    told=f"waiting for another process that makes {folder}"):
-        if _read_source(folder) != source:
+        if read_source(folder) != source:
             part = folder.with_name(folder.name + ".part")
-            if _read_source(part) != source:
+            if read_source(part) != source:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
                 replace_file(part / "source.json", lambda path: path.write_text(json.dumps(source)))
@@ -58,7 +58,8 @@ def hold_lock(path, wait=True, told=None):
         yield
 
 
-def _read_source(folder):
+def read_source(folder):
+    """What `build_once` made `folder` from; None where it did not."""
     path = folder / "source.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -85,30 +86,22 @@ class GrowingFiles:
                 break
             self.notes.append(row["note"])
             ends, size = row["ends"], size + len(line)
-        self.files = {name: _open_at(folder / name, ends[name]) for name in names}
-        self.journal = _open_at(journal, size)
+        for name, end in {**ends, journal.name: size}.items():
+            with open(folder / name, "ab") as file:
+                file.truncate(end)
+        self.folder, self.ends, self.journal = folder, ends, journal
 
     def append(self, blocks, note):
         """blocks: {name: bytes} for every file; note: anything as JSON."""
         for name, block in blocks.items():
-            self.files[name].write(block)
-            _flush(self.files[name])
-        ends = {name: file.tell() for name, file in self.files.items()}
-        self.journal.write(json.dumps({"ends": ends, "note": note}).encode() + b"\n")
-        _flush(self.journal)
-
-    def close(self):
-        for file in (*self.files.values(), self.journal):
-            file.close()
+            self.ends[name] = _append(self.folder / name, block)
+        _append(self.journal, json.dumps({"ends": self.ends, "note": note}).encode() + b"\n")
 
 
-def _open_at(path, size):
-    file = open(path, "ab")
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-def _flush(file):
-    file.flush()
-    os.fsync(file.fileno())
+def _append(path, block):
+    """Writes `block` through to the disk. Returns the file's new size."""
+    with open(path, "ab") as file:
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()

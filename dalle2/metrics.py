@@ -31,22 +31,6 @@ def compute_prior_scores(predicted, image_embed, text_embed):
     return scores | compute_recall(predicted, image_embed, (1, 5, 10))
 
 
-def summarize_by_quartile(losses, t, timesteps):
-    """losses (N,) at timesteps t (N,) -> {"val_loss": mean, "val_loss_q1": mean over the lowest
-    quarter of the timesteps, ..., "val_loss_q4"}."""
-    quartile = t * 4 // timesteps
-    row = {"val_loss": losses.mean().item()}
-    for k in range(4):
-        row[f"val_loss_q{k + 1}"] = losses[quartile == k].mean().item()
-    return row
-
-
-def compute_fixed_timesteps(count, timesteps):
-    """(count,) timesteps for validation: evenly spread, in a fixed random order."""
-    t = torch.arange(count) * timesteps // count
-    return t[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-
-
 # ----------------------------------------------------------------------------------------------
 # rendered pictures against captions and photos, by CLIP embeddings of unit norm
 

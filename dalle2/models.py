@@ -6,9 +6,23 @@ Their parameter names are the library's own, so that exports load into its `Diff
 
 import torch
 
-from dalle2.checkpoint import load_export
-from dalle2.config import PriorConfig, UnetConfig, UserError, config_from_dict
+from dalle2.checkpoint import (
+    check_header,
+    explain_damage,
+    load_export,
+    load_network,
+    save_export,
+)
+from dalle2.config import (
+    PriorConfig,
+    UnetConfig,
+    UserError,
+    config_from_dict,
+    config_to_dict,
+    validate_config,
+)
 from dalle2.fast_modules import library, restore_modules, swap_modules
+from dalle2.files import hold_lock
 
 
 def build_prior(config: PriorConfig, embed_dim):
@@ -49,6 +63,7 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
         self_attn=config.self_attn or (False,) * len(config.dim_mults),
         attn_heads=config.attn_heads, attn_dim_head=config.attn_dim_head,
         memory_efficient=config.memory_efficient,
+        checkpoint_during_training=config.gradient_checkpointing,
         init_cross_embed=kernel == 0, init_conv_kernel_size=kernel or 7,
         cond_on_image_embeds=is_first, lowres_cond=not is_first, lowres_noise_cond=not is_first)
     init_unet(unet, is_first, image_embed_dim)
@@ -108,10 +123,11 @@ def build_stock_decoder(unets, configs):
 def load_prior(path, flag="--prior_ckpt"):
     """(network, PriorConfig, header) of a prior export; UserError, naming `flag`, otherwise."""
     header, weights = load_export(path, "prior", flag)
-    config = config_from_dict(PriorConfig, header["config"])
-    prior = build_prior(config, header["embed_dim"])
-    prior.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
-    return prior.eval(), config, header
+    with explain_damage(path, flag):
+        config = validate_config(config_from_dict(PriorConfig, header["config"]))
+        prior = load_network(lambda: build_prior(config, header["embed_dim"]), {
+            name.removeprefix("net."): value for name, value in weights.items()})
+    return prior, config, header
 
 
 def load_decoder(path, flag="--decoder_ckpt"):
@@ -119,13 +135,34 @@ def load_decoder(path, flag="--decoder_ckpt"):
     export holds; UserError, naming `flag`, for another file."""
     header, weights = load_export(path, "decoder", flag)
     unets, configs = {}, {}
-    for number, stage in enumerate(header["stages"], start=1):
-        if stage is None:
-            continue
-        configs[number] = config_from_dict(UnetConfig, stage["config"])
-        unets[number] = build_unet(configs[number], number, header["embed_dim"]).eval()
-        prefix = f"unets.{number - 1}."
-        unets[number].load_state_dict({name.removeprefix(prefix): value
-                                       for name, value in weights.items()
-                                       if name.startswith(prefix)})
+    with explain_damage(path, flag):
+        for number, stage in enumerate(header["stages"], start=1):
+            if stage is None:
+                continue
+            check_header(stage, {"config": dict})
+            configs[number] = validate_config(config_from_dict(UnetConfig, stage["config"]))
+            prefix = f"unets.{number - 1}."
+            names = [name for name in weights if name.startswith(prefix)]
+            unets[number] = load_network(
+                lambda: build_unet(configs[number], number, header["embed_dim"]),
+                {name.removeprefix(prefix): weights.pop(name) for name in names})
+        if weights or not header["stages"]:
+            raise UserError(f"tensor {min(weights, default='')} belongs to none of its "
+                            f"{len(header['stages'])} stages")
     return unets, configs, header
+
+
+def save_decoder_stage(path, unet_number, config, state, header, step, num_stages):
+    """Puts the weights `state` of one stage after `step` steps into a decoder export, beside the
+    other stages that it holds. A lock keeps two stages that are trained at the same time from
+    losing each other's weights."""
+    with hold_lock(path.with_name(f".{path.name}.lock"), told=f"waiting for {path}"):
+        stages, weights = [None] * num_stages, {}
+        if path.exists():
+            before, weights = load_export(path, "decoder", "--output_dir")
+            stages = before["stages"]
+        prefix = f"unets.{unet_number - 1}."
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        weights |= {prefix + name: value for name, value in state.items()}
+        stages[unet_number - 1] = {"config": config_to_dict(config), "step": step}
+        save_export(path, "decoder", {**header, "stages": stages}, weights)

@@ -30,7 +30,7 @@ def build_optimizers(module, config):
               {"params": [p for p in rest if not is_matrix(p)],
                "weight_decay": 0.0, "peak_lr": config.lr}]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2),
-                                    fused=True)]
+                                    eps=config.adam_eps, fused=True)]
     if matrices:
         optimizers.append(Muon([{"params": matrices, "peak_lr": config.muon_lr}],
                                lr=config.muon_lr, weight_decay=config.weight_decay))
@@ -61,10 +61,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None
-        if getattr(self, "found_inf", None) is not None and self.found_inf.item():
-            return
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
             by_shape = defaultdict(list)
             for param in group["params"]:
                 if param.grad is None:
@@ -72,8 +70,13 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["momentum"] = torch.zeros_like(param)
-                state["momentum"].mul_(momentum).add_(param.grad)
-                update = gather(param.grad.add(state["momentum"], alpha=momentum)).flatten(1)
+                grad, momentum, keep = param.grad, group["momentum"], 1.0
+                if found_inf is not None:  # decided on the device: nothing waits for the answer
+                    keep = 1 - found_inf
+                    grad = torch.where(keep > 0, grad, 0)
+                    momentum = torch.where(keep > 0, momentum, 1.0)
+                state["momentum"].mul_(momentum).add_(grad)
+                update = gather(grad.add(state["momentum"], alpha=group["momentum"])).flatten(1)
                 is_tall = update.shape[0] > update.shape[1]
                 update = update.T if is_tall else update
                 by_shape[update.shape].append((param, is_tall, update))
@@ -82,8 +85,9 @@ class Muon(torch.optim.Optimizer):
                 for (param, is_tall, _), update in zip(rows, updates):
                     update = update.T if is_tall else update
                     scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                    param.mul_(1 - lr * group["weight_decay"])
-                    param.add_(scatter_like(update.reshape(param.shape), param), alpha=-lr * scale)
+                    param.mul_(1 - keep * group["lr"] * group["weight_decay"])
+                    param.add_(scatter_like(keep * update.reshape(param.shape), param),
+                               alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices):

@@ -67,12 +67,13 @@ class Pipeline:
                                               self.prior_config.max_text_len)
 
     def sample_image_embed(self, captions, seeds, *, prior_cond_scale=None, sample_timesteps=None,
-                           sampler=SAMPLER):
+                           num_candidates=None, sampler=SAMPLER):
         """image_embed (B, D), unit norm, that the prior draws for the captions."""
         def sample(text_embed, text_encodings, seeds):
             return sample_image_embed(self.prior, self.prior_config, text_embed, text_encodings,
                                       seeds.tolist(), cond_scale=prior_cond_scale,
-                                      sample_timesteps=sample_timesteps, sampler=sampler)
+                                      sample_timesteps=sample_timesteps,
+                                      num_candidates=num_candidates, sampler=sampler)
         return call_in_groups(sample, GROUP, *self.embed_captions(captions), torch.tensor(seeds))
 
     def sample_images(self, image_embed, seeds, **options):
@@ -100,6 +101,17 @@ class Pipeline:
                 raise UserError(f"--sample_timesteps: {number} is more than the "
                                 f"{config.timesteps} of training")
         return steps
+
+    def resolve_lowres_noise_level(self, lowres_noise_level):
+        """[each upsampler's level] of --lowres_noise_level: one for all, or None for the configs'.
+        Raises UserError on more noise than was trained with."""
+        if lowres_noise_level is None:
+            return [config.lowres_noise_level for config in self.unet_configs[1:]]
+        for config in self.unet_configs[1:]:
+            if lowres_noise_level > config.lowres_noise_max_level:
+                raise UserError(f"--lowres_noise_level: {lowres_noise_level} is more than the "
+                                f"{config.lowres_noise_max_level} of training")
+        return [lowres_noise_level] * len(self.unet_configs[1:])
 
 
 def load_pipeline(args, device, precision="no"):

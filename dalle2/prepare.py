@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import UnidentifiedImageError
-from torchvision.io import encode_jpeg
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from dalle2.config import UserError
@@ -97,7 +97,6 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
                 bar.update()
             files.append({name: b"".join(blocks)}, note)
             told += note
-    files.close()
     kept = [(record, word) for record, word in zip(records, told) if isinstance(word, int)]
     if not kept:
         raise UserError(f"none of {len(records)} pictures could be read, such as "
@@ -119,9 +118,14 @@ def _read_picture(record, image_format):
         return b"", "not a picture" if os.path.getsize(record.path) else "an empty file"
     except (OSError, ValueError) as error:
         return b"", str(error)
-    if image_format == "jpeg":
-        image = encode_jpeg(image, JPEG_QUALITY)
-    return image.numpy().tobytes(), ""
+    return encode_jpeg(image) if image_format == "jpeg" else image.numpy().tobytes(), ""
+
+
+def encode_jpeg(image):
+    """image (3, H, W) uint8 -> bytes of a JPEG file that `dalle2.data.cut_jpeg` can cut."""
+    content = io.BytesIO()
+    TF.to_pil_image(image).save(content, "JPEG", quality=JPEG_QUALITY, restart_marker_rows=1)
+    return content.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -140,9 +144,11 @@ def prepare_embeddings(store, clip, folder, progress=True):
     np.save(folder / "text_tokens.npy", text_tokens.numpy().astype(np.uint16))
     shapes = {"image_embed.npy": (len(store), clip.embed_dim),
               "text_embed.npy": (len(captions), clip.embed_dim),
-              "text_encodings.npy": (int(token_start[-1]), clip.text_width)}
+              "text_encodings.npy": (int(token_start[-1]), clip.embed_dim)}
     announce(folder, f"embeddings of {len(store)} pictures and {len(captions)} captions",
              2 * sum(a * b for a, b in shapes.values()), progress)
+    for line in clip.list_differences(STORE_IMAGE_SIZE) if progress else ():
+        print(f"note: {line}", flush=True)
     files = GrowingFiles(folder, list(shapes))
     if not files.notes:
         files.append({name: _build_npy_header(shape) for name, shape in shapes.items()}, [0, 0])
@@ -160,7 +166,6 @@ def prepare_embeddings(store, clip, folder, progress=True):
             files.append({"text_embed.npy": _to_bytes(text_embed),
                           "text_encodings.npy": _to_bytes(text_encodings)}, [0, len(text_embed)])
             bar.update(len(text_embed))
-    files.close()
 
 
 def _embed_captions(clip, text_tokens, lengths):

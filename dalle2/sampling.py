@@ -1,7 +1,9 @@
-"""Drawing from the trained networks: timestep spacing, samplers, guidance, the cascade.
+"""Sampling from the trained networks: a schedule of noise levels, a denoiser, a sampler; guidance;
+prior and cascade.
 
-A sampler is a function over `denoise(x_t, t) -> x_start` and the levels that it walks down. Noise
-comes from one seed a picture, so that a picture does not depend on the batch that it was drawn in.
+A sampler is a function over `denoise(x_t, level) -> x_start` and the levels that it walks down.
+Noise comes from one seed a picture, so that a picture does not depend on the batch that it was
+drawn in.
 """
 
 import math
@@ -9,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -16,31 +19,45 @@ from dalle2.data import resize
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.rng import derive_seed, draw_noise
 
-SAMPLER = "ddim"  # the default: at least as good as the others at any number of steps, measured
+SAMPLER = "dpmpp_2m"  # the default: benchmarks/RESULTS.md, "Samplers"
 
-GROUP = 4         # rows that a CPU computes together
+GROUP = 4             # rows that a CPU computes together
+
+
+# ----------------------------------------------------------------------------------------------
+# schedule
+
+NOISE_ONLY = -5.0     # half log-SNR below which a picture's own part, exp(-5), is nothing
 
 
 class Level(NamedTuple):
     """One level of noise: x_t = alpha x_start + sigma noise. The clean end has t = -1."""
 
-    t: int
+    t: float      # what the network is told; between the timesteps of training too
     alpha: float
     sigma: float
 
 
-def compute_sample_times(timesteps, sample_timesteps):
-    """list of int, falling from the last training timestep to 0, evenly spaced."""
-    if sample_timesteps == 1:
-        return [timesteps - 1]
-    return torch.linspace(timesteps - 1, 0, sample_timesteps).round().long().tolist()
+def compute_levels(diffusion, sample_timesteps, discrete_time=False):
+    """The levels of a sampler: `sample_timesteps` of them from the last timestep of training to the
+    first, and after them the clean picture.
 
-
-def compute_levels(diffusion, sample_timesteps):
-    """The levels of `compute_sample_times`, and after them the clean picture."""
-    return [Level(t, diffusion.alpha[t].item(), diffusion.sigma[t].item())
-            for t in compute_sample_times(diffusion.timesteps, sample_timesteps)] \
-        + [Level(-1, 1.0, 0.0)]
+    They are evenly spaced in half log-SNR, log(alpha / sigma) (Lu et al. 2022, arXiv 2206.00927,
+    sec. 3.4), where detail of any size gets as many steps as any other; the first step takes all
+    that is noisier than NOISE_ONLY. Between two timesteps of training the half log-SNR is
+    interpolated linearly. discrete_time: for a network that knows whole timesteps alone. Levels are
+    then rounded to them, and those that fall together are walked once.
+    """
+    table = diffusion.half_log_snr.numpy()  # (T,), falling
+    every = np.arange(diffusion.timesteps)
+    wanted = np.linspace(max(table[-1], NOISE_ONLY), table[0], sample_timesteps)
+    times = np.interp(wanted, table[::-1], every[::-1])
+    times[0] = every[-1]
+    if discrete_time:
+        times = np.unique(times.round().astype(int))[::-1]
+    snr = np.exp(2 * np.interp(times, every, table))
+    return [*map(Level, times.tolist(), np.sqrt(snr / (1 + snr)).tolist(),
+                 np.sqrt(1 / (1 + snr)).tolist()), Level(-1, 1.0, 0.0)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -50,7 +67,7 @@ def compute_levels(diffusion, sample_timesteps):
 def sample_ddim(denoise, x_t, levels, draw=None, eta=0.0):
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16. eta 0 is deterministic."""
     for step, (level, after) in enumerate(pairwise(levels)):
-        x_start = denoise(x_t, level.t)
+        x_start = denoise(x_t, level)
         noise = (x_t - level.alpha * x_start) / level.sigma
         fresh = eta * after.sigma / level.sigma * math.sqrt(
             max(0.0, 1 - (level.alpha / after.alpha) ** 2))
@@ -71,7 +88,7 @@ def sample_dpmpp_2m(denoise, x_t, levels, draw=None):
     are first order."""
     previous, previous_h = None, None
     for level, after in pairwise(levels):
-        x_start = denoise(x_t, level.t)
+        x_start = denoise(x_t, level)
         if after.sigma == 0:
             x_t = x_start
             break
@@ -93,7 +110,7 @@ def invert_ddim(denoise, x_start, levels):
     backwards. Ramesh et al. 2022, sec. 3.1; Dhariwal and Nichol 2021, appendix F."""
     x_t = x_start  # taken for the least noisy level's
     for after, level in pairwise(reversed(levels[:-1])):
-        x_start = denoise(x_t, after.t)
+        x_start = denoise(x_t, after)
         noise = (x_t - after.alpha * x_start) / after.sigma
         x_t = level.alpha * x_start + level.sigma * noise
     return x_t
@@ -130,95 +147,116 @@ def guide(predict, cond_scale):
 
 @torch.no_grad()
 def sample_image_embed(prior, config, text_embed, text_encodings, seeds, *, cond_scale=None,
-                       sample_timesteps=None, sampler=SAMPLER):
-    """image_embed (B, D), unit norm, for text_embed (B, D) and text_encodings (B, L, D).
+                       sample_timesteps=None, num_candidates=None, sampler=SAMPLER):
+    """image_embed (B, D), unit norm, for text_embed (B, D) and text_encodings (B, L, D): of each
+    row's candidates the one nearest to its text_embed (Ramesh et al. 2022, sec. 2.2).
 
-    prior, config: network and PriorConfig; seeds: one int a row; cond_scale, sample_timesteps: None
-    is the config's; sampler: a name of SAMPLERS.
+    prior, config: network and PriorConfig; seeds: one int a row; cond_scale, sample_timesteps,
+    num_candidates: None is the config's; sampler: a name of SAMPLERS.
     """
     cond_scale = config.cond_scale if cond_scale is None else cond_scale
+    count = num_candidates or config.num_candidates
     device, shape = text_embed.device, text_embed.shape[-1:]
-    diffusion = Diffusion(config.timesteps, config.beta_schedule, predict_x_start=True,
-                          device=device)
-    drop = torch.zeros(len(text_embed), device=device)  # as `guide` orders them
+    seeds = [derive_seed(seed, "candidate", number) if number else seed
+             for seed in seeds for number in range(count)]
+    embed = SAMPLERS[sampler](
+        build_prior_denoiser(prior, text_embed, text_encodings, cond_scale, count),
+        draw_part(seeds, shape, device, "prior"),
+        compute_levels(Diffusion(config.timesteps, config.beta_schedule),
+                       sample_timesteps or config.sample_timesteps, config.discrete_time),
+        lambda step: draw_part(seeds, shape, device, "prior", step))
+    embed = F.normalize(embed, dim=-1).unflatten(0, (-1, count))  # (B, count, D)
+    nearest = (embed * text_embed[:, None]).sum(-1).argmax(-1)    # (B,)
+    return embed[torch.arange(len(embed), device=device), nearest]
+
+
+def build_prior_denoiser(prior, text_embed, text_encodings, cond_scale, num_candidates=1):
+    """denoise(x_t, level) of the prior for text_embed (B, D) and text_encodings (B, L, D), guided;
+    x_t (B num_candidates, D): those of one caption in succession."""
+    drop = torch.zeros(len(text_embed), device=text_embed.device)  # as `guide` orders them
     if cond_scale != 1:
         text_embed, text_encodings = text_embed.repeat(2, 1), text_encodings.repeat(2, 1, 1)
         drop = torch.cat([drop, drop + 1])
-    prefix = prior.read_text(text_embed, text_encodings, drop)
+    prefix = prior.read_text(text_embed, text_encodings, drop).repeat_rows(num_candidates)
     guided = guide(lambda x_t, t, drop: prior(x_t, t, prefix=prefix), cond_scale)
-    embed = SAMPLERS[sampler](
-        lambda x_t, t: guided(x_t, torch.full((len(x_t),), t, device=device)),
-        draw_part(seeds, shape, device, "prior"),
-        compute_levels(diffusion, sample_timesteps or config.sample_timesteps),
-        lambda step: draw_part(seeds, shape, device, "prior", step))
-    return F.normalize(embed, dim=-1)
+    return lambda x_t, level: guided(x_t, torch.full((len(x_t),), level.t, device=x_t.device))
 
 
 @torch.no_grad()
 def sample_images(unets, configs, image_embed, seeds, *, cond_scale=None, sample_timesteps=None,
-                  sampler=SAMPLER, eta=0.0, thresholding="static", noise=None):
+                  sampler=SAMPLER, eta=0.0, thresholding="static", lowres_noise_level=None,
+                  noise=None):
     """image (B, 3, H, W) in [0, 1] for image_embed (B, D), unit norm, through all stages.
 
     unets, configs: the networks and UnetConfigs, first stage first; seeds: one int a picture;
-    cond_scale: guidance of the first stage; sample_timesteps: of every stage, or one a stage; None:
-    the config's. sampler, thresholding: names of SAMPLERS and THRESHOLDS; eta, noise
-    (B, 3, h, w): of "ddim" in the first stage, and what it begins from in place of the seeds'.
+    cond_scale: guidance of the first stage; sample_timesteps, sampler (of SAMPLERS): of every
+    stage, or a list, one a stage; lowres_noise_level: of every later stage, or a list; None: the
+    config's. thresholding: of THRESHOLDS; eta, noise (B, 3, h, w): of "ddim" in the first stage,
+    and what it begins from in place of the seeds'.
     """
     image, device = None, image_embed.device
-    if not isinstance(sample_timesteps, (tuple, list)):
-        sample_timesteps = [sample_timesteps] * len(unets)
-    for number, (unet, config, steps) in enumerate(zip(unets, configs, sample_timesteps,
-                                                       strict=True), start=1):
+    options = zip(unets, configs, spread(sample_timesteps, len(unets)), spread(sampler, len(unets)),
+                  [None, *spread(lowres_noise_level, len(unets) - 1)], strict=True)
+    for number, (unet, config, steps, sampler, lowres_level) in enumerate(options, start=1):
         shape = 3, config.image_size, config.image_size
         if number == 1:
             denoise = build_denoiser(unet, config, image_embed, cond_scale, thresholding)
         else:
             denoise = build_upsampler(unet, config, image, draw_part(seeds, shape, device, "lowres",
-                                                                     number), thresholding)
+                                                                     number), thresholding,
+                                      lowres_level)
         x_t = noise if number == 1 and noise is not None else \
             draw_part(seeds, shape, device, "unet", number)
         sample = partial(sample_ddim, eta=eta) if number == 1 and sampler == "ddim" \
             else SAMPLERS[sampler]
-        x_start = sample(denoise, x_t, compute_levels(build_diffusion(config, device),
-                                                      steps or config.sample_timesteps),
+        levels = compute_levels(build_diffusion(config, "cpu"), steps or config.sample_timesteps)
+        x_start = sample(denoise, x_t, levels,
                          lambda step: draw_part(seeds, shape, device, "unet", number, step))
         image = (x_start.clamp(-1, 1) + 1) / 2
     return image
 
 
 def build_denoiser(unet, config, image_embed, cond_scale=None, thresholding="static"):
-    """denoise(x_t, t) of the first stage for image_embed (B, D), guided."""
+    """denoise(x_t, level) of the first stage for image_embed (B, D), guided."""
     scale = config.cond_scale if cond_scale is None else cond_scale
-    diffusion = build_diffusion(config, image_embed.device)
+    diffusion = build_diffusion(config, "cpu")
 
     def predict(x_t, t, embed):
         embed = embed if scale == 1 else embed.repeat(2, 1)
         return guide(lambda x_t, t, drop: unet(x_t, t, image_embed=embed,
                                                image_cond_drop_prob=drop), scale)(x_t, t)
 
-    def denoise(x_t, t):
-        t = torch.full((len(x_t),), t, device=x_t.device)
-        prediction = call_in_groups(predict, GROUP, x_t, t, image_embed)
-        return threshold(diffusion.to_x_start(prediction.float(), x_t, t), thresholding)
+    def denoise(x_t, level):
+        t = torch.full((len(x_t),), level.t, device=x_t.device)
+        prediction = call_in_groups(predict, GROUP, x_t, t, image_embed).float()
+        return threshold(diffusion.to_x_start(prediction, x_t, level.alpha, level.sigma),
+                         thresholding)
     return denoise
 
 
-def build_upsampler(unet, config, image, noise, thresholding="static"):
-    """denoise(x_t, t) of a later stage for image (B, 3, h, w) in [0, 1], the one before; noise
-    (B, 3, H, W) for its augmentation. Nothing to drop, so never guided."""
-    diffusion = build_diffusion(config, image.device)
-    condition = noise_lowres(
-        resize(image, config.image_size) * 2 - 1,
-        torch.full((len(image),), config.lowres_noise_level, device=image.device), noise)
+def build_upsampler(unet, config, image, noise, thresholding="static", lowres_noise_level=None):
+    """denoise(x_t, level) of a later stage for image (B, 3, h, w) in [0, 1], the one before; noise
+    (B, 3, H, W) for its augmentation, to lowres_noise_level (None: the config's). Nothing to drop,
+    so never guided."""
+    diffusion = build_diffusion(config, "cpu")
+    augment = config.lowres_noise_level if lowres_noise_level is None else lowres_noise_level
+    condition = noise_lowres(resize(image, config.image_size) * 2 - 1,
+                             torch.full((len(image),), augment, device=image.device), noise)
 
     def predict(x_t, t, lowres, level):
         return unet(x_t, t, lowres_cond_img=lowres, lowres_noise_level=level)
 
-    def denoise(x_t, t):
-        t = torch.full((len(x_t),), t, device=x_t.device)
-        prediction = call_in_groups(predict, 1, x_t, t, *condition)
-        return threshold(diffusion.to_x_start(prediction.float(), x_t, t), thresholding)
+    def denoise(x_t, level):
+        t = torch.full((len(x_t),), level.t, device=x_t.device)
+        prediction = call_in_groups(predict, 1, x_t, t, *condition).float()
+        return threshold(diffusion.to_x_start(prediction, x_t, level.alpha, level.sigma),
+                         thresholding)
     return denoise
+
+
+def spread(value, count):
+    """A list of one value a stage as it is; a single value `count` times."""
+    return value if isinstance(value, (tuple, list)) else [value] * count
 
 
 def call_in_groups(function, size, *tensors):

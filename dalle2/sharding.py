@@ -1,15 +1,21 @@
 """Networks whose weights, average, gradients and optimizer state are shared out among the processes
-(`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike.
+(`--fsdp`): torch's FSDP2, on GPUs and on CPUs alike; and what processes tell each other.
 
 What is saved is gathered first, so that checkpoints and exports are those of any other run and a
-run may go on with or without it, on another number of processes.
+run may be resumed with or without it, on another number of processes.
 """
 
+import inspect
+
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import broadcast_object_list, recursively_apply
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# every process takes its own share of what it has whole; torch 2.6 sends the first process's round
+TAKE_OWN = {"src_data_rank": None} if "src_data_rank" in inspect.signature(
+    distribute_tensor).parameters else {}
 
 
 def shard(module, blocks, device):
@@ -37,11 +43,32 @@ def gather_state(state, keep=True):
     return recursively_apply(collect, state, test_type=lambda value: isinstance(value, DTensor))
 
 
+def broadcast_state(state, accelerator):
+    """The first process's `state`, nested dicts and lists with tensors on the CPU, in every
+    process; what the others pass is not read. One tensor at a time goes over the device."""
+    if accelerator.num_processes == 1:
+        return state
+    tensors = []
+
+    def describe(tensor):
+        tensors.append(tensor)
+        return tensor.to("meta")
+    (described,) = broadcast_object_list([recursively_apply(describe, state)])
+    tensors = iter(tensors)
+
+    def fetch(meta):
+        tensor = next(tensors).to(accelerator.device) if accelerator.is_main_process \
+            else torch.empty_like(meta, device=accelerator.device)
+        torch.distributed.broadcast(tensor, src=0)
+        return tensor.cpu()
+    return recursively_apply(fetch, described)
+
+
 def scatter_like(tensor, like):
     """`tensor`, whole and the same in all processes, shared out as `like` is, if `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, **TAKE_OWN)
 
 
 def load_module(module, saved):

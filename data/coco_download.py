@@ -5,7 +5,6 @@ Range, an archive counts once its size and every checksum in it are right, unpac
 that are there. Run again when everything is there, it looks at every file's size and returns.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -19,6 +18,10 @@ from typing import NamedTuple
 
 import requests
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dalle2 import cli  # noqa: E402
 
 BASE_URL = "http://images.cocodataset.org"
 
@@ -338,19 +341,15 @@ def check_total_disk(folders, data_dir):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--data_dir", default="data/coco", help="where the folders go")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     parser.add_argument("--base_url", default=BASE_URL, help="server, or a mirror of it; sizes and "
                         "counts of COCO 2014 are demanded of the original only")
     parser.add_argument("--keep_zips", action="store_true", help="keep the archives")
-    parser.add_argument("--max_images", type=int, help="a small set: so many photos a split, one "
-                        "by one, and the captions file cut to them (None: everything)")
-    args = parser.parse_args()
-    if args.max_images is not None and args.max_images < 1:
-        parser.error(f"--max_images: {args.max_images} must be at least 1")
-    return args
+    parser.add_argument("--max_images", type=cli.at_least(1), help="a small set: so many photos a "
+                        "split, one by one, and the captions file cut to them (None: everything)")
+    return parser.parse_args()
 
 
 def main():

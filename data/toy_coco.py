@@ -10,7 +10,6 @@ of 4 (a small red circle on the left of white: 0; a large green circle in the ce
 ...); every val picture shows at least one such object.
 """
 
-import argparse
 import json
 import math
 import os
@@ -18,12 +17,17 @@ import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dalle2 import cli  # noqa: E402
 
 IMAGE_SIZE = 256
 COLORS = {"red": (220, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 220),
@@ -178,7 +182,7 @@ def write_split(output_dir, split, num_images, seed, num_workers):
         return
     (Path(output_dir) / split).mkdir(parents=True, exist_ok=True)
     make = partial(draw_record, split=split, seed=seed, output_dir=output_dir)
-    with ProcessPoolExecutor(num_workers) as pool:
+    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:  # threads do not fork
         records = list(tqdm(pool.map(make, range(num_images), chunksize=32), desc=f"toy {split}",
                             total=num_images, unit=" pictures", disable=None))
     images, annotations = [], []
@@ -331,13 +335,13 @@ def map_check(pictures, wanted):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="data/toy_coco", help="where the data set goes")
-    parser.add_argument("--num_train", type=int, default=12000, help="train pictures")
-    parser.add_argument("--num_val", type=int, default=600,
+    parser.add_argument("--num_train", type=cli.at_least(1), default=12000, help="train pictures")
+    parser.add_argument("--num_val", type=cli.at_least(1), default=600,
                         help="val pictures (held-out combinations)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=cli.at_least(0), default=0)
+    parser.add_argument("--num_workers", type=cli.at_least(1), default=os.cpu_count())
     parser.add_argument("--judge", nargs="+", metavar="MANIFEST",
                         help="score the pictures of these manifest.json files instead of drawing")
     parser.add_argument("--annot_path", help="annotations that --judge compares with "
@@ -347,7 +351,7 @@ def main():
         annot_path = args.annot_path or Path(args.output_dir) / "captions_val.json"
         for path in (annot_path, *args.judge):
             if not Path(path).is_file():
-                sys.exit(f"error: --judge: no such file: {path}")
+                parser.error(f"--judge: no such file: {path}")
         columns = judge_manifests(args.judge, annot_path)
         (Path(args.judge[0]).parent / "accuracy.json").write_text(json.dumps(columns, indent=2))
         return

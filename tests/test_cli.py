@@ -1,5 +1,6 @@
 """Bad input: one clear line, exit code 2, nothing written."""
 
+import argparse
 import re
 
 import pytest
@@ -90,6 +91,45 @@ def test_rendering_refuses_the_wrong_checkpoint(run_script, checkpoints, tmp_pat
     check_refused(run_script("test_dalle2.py", "--prompt", "a red bus", "--output_dir",
                              tmp_path / "r", *flags), told)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("script, count", [
+    ("train_clip.py", 9), ("train_prior.py", 9), ("train_decoder.py", 10), ("test_dalle2.py", 7),
+    ("dalle2/evaluate.py", 7), ("dalle2/explore.py", 15), ("dalle2/doctor.py", 2),
+    ("dalle2/app.py", 1), ("dalle2/convert.py", 0), ("data/coco_prepare.py", 1),
+    ("data/toy_coco.py", 4), ("data/coco_download.py", 1)])
+def test_no_flag_takes_a_number_that_is_none(run_script, monkeypatch, capsys, script, count):
+    """`count` is at least how many numeric flags the script has."""
+    parsers = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.Parser, "parse_args", lambda self: parsers.append(self) or exit(0))
+        run_script(script)
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    numeric = [(parser, action.option_strings[0]) for parser in parsers
+               for action in parser._actions if action.type]
+    assert len(numeric) >= count
+    for parser, flag in numeric:
+        for value in ("nan", "inf", "-inf", "1e999", "x"):
+            with pytest.raises(SystemExit, match="2"):
+                parser.parse_args([f"{flag}={value}"])
+            err = capsys.readouterr().err
+            assert err.startswith(f"error: {flag}: ") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("script, flags, told", [
+    ("test_dalle2.py", ["--cond_scale", "-1"], "--cond_scale: -1 must be at least 0"),
+    ("test_dalle2.py", ["--seed", "9" * 30], "--seed: 9{30} is not finite, or too large"),
+    ("test_dalle2.py", ["--sample_timesteps", "5", "0"], "--sample_timesteps: 0 must be at least"),
+    ("train_prior.py", ["--num_val_images", "0"], "--num_val_images: 0 must be at least 1"),
+    ("train_prior.py", ["--save_minutes", "-1"], "--save_minutes: -1.0 must be positive"),
+    ("train_decoder.py", ["--unet_number", "-1"], "--unet_number: -1 must be at least 0"),
+    ("data/toy_coco.py", ["--num_train", "0"], "--num_train: 0 must be at least 1"),
+    ("data/toy_coco.py", ["--judge", "no.json"], "--judge: no such file")])
+def test_numbers_out_of_range_are_refused(run_script, script, flags, told):
+    check_refused(run_script(script, *flags), told)
 
 
 def test_another_run_in_the_folder_is_refused(run_script, data_flags, clip_path, tmp_path):

@@ -1,17 +1,27 @@
+from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from test_data import write_coco
+from torch.nn.functional import normalize
+from torchvision.transforms.v2.functional import to_pil_image
 
+from dalle2 import cli, doctor
 from dalle2.clip import (
-    FrozenClip,
     build_clip,
+    check_clip_name,
     compute_fingerprint,
     load_clip,
-    preprocess_image,
 )
 from dalle2.config import PRESETS, UserError
+from dalle2.data import load_captions
+from dalle2.models import build_prior
+from dalle2.prepare import prepare_store
 
 START, END = 49406, 49407
 CAPTIONS = ["a red bus", "", "wow!!! " * 60, "ünïcode ☃ 雪"]
@@ -44,7 +54,7 @@ def test_text_embed_is_read_at_the_end_token(clip):
     text_embed, text_encodings = clip.embed_text(text_tokens)
     ends = (text_tokens == END).int().argmax(1)
     pooled = text_encodings[torch.arange(len(CAPTIONS)), ends] @ clip.model.text_projection
-    torch.testing.assert_close(torch.nn.functional.normalize(pooled, dim=-1), text_embed)
+    torch.testing.assert_close(normalize(pooled, dim=-1), text_embed)
 
 
 def test_image_embed_takes_bytes_and_floats_alike(clip):
@@ -55,22 +65,170 @@ def test_image_embed_takes_bytes_and_floats_alike(clip):
     torch.testing.assert_close(image_embed, clip.embed_image(image.float() / 255))
 
 
-def test_preprocessing_is_that_of_open_clip():
-    from torchvision.transforms.v2.functional import to_pil_image
-    image = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8), size=(256, 256),
-                                            mode="bicubic").clamp(0, 1)
-    wanted = open_clip.image_transform(224, is_train=False)(to_pil_image(image[0]))
-    assert (preprocess_image(image, 224)[0] - wanted).abs().mean() < 0.02
+# ----------------------------------------------------------------------------------------------
+# every family of open_clip, with random weights
+
+OF_ONE_FAMILY = {"embed_dim", "layers", "width", "heads", "head_width", "mlp_ratio", "patch_size",
+                 "image_size", "timm_model_name", "timm_drop", "timm_drop_path"}
+SMALL_TIMM = {"convnext": "convnext_atto", "eva": "eva02_tiny_patch14_224",
+              "fastvit": "fastvit_mci0", "swin": "swin_s3_tiny_224",
+              "vit": "vit_tiny_patch16_224", "vitamin": "vitamin_small_224"}
 
 
-def test_models_of_open_clip_give_their_own_numbers():
-    model = open_clip.create_model("RN50").eval()
-    clip = FrozenClip(model, open_clip.get_tokenizer("RN50"))
-    text_tokens = clip.tokenize(["a cat"])
+def get_tower(vision):
+    return vision.get("timm_model_name", "").split("_")[0].rstrip("02") \
+        or ("resnet" if isinstance(vision["layers"], list) else "open_clip's ViT")
+
+
+def group_models():
+    """{family: names} of all models of open_clip: within one they differ in sizes alone. The family
+    is None where the tokenizer is not CLIP's."""
+    families = {}
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        flags = [str(flag) for part in (config, vision, text) for flag in part.items()
+                 if flag[0] not in OF_ONE_FAMILY and not isinstance(flag[1], dict)]
+        family = None if "hf_tokenizer_name" in text else (
+            get_tower(vision), config["embed_dim"] == text["width"], *flags)
+        families.setdefault(family, []).append(name)
+    return families
+
+
+def shrink(config):
+    """A model config with two narrow layers, or timm's smallest tower of the kind, in place."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    config["embed_dim"] //= 8
+    for part in (text, config.get("multimodal_cfg", {})):
+        part.update(layers=2, heads=2, width=part.get("width", 0) // 8)
+    tower = get_tower(vision)
+    if tower == "resnet":
+        vision.update(layers=[1] * 4, width=16, image_size=64)
+    elif "timm_model_name" in vision:
+        vision.update(timm_model_name=SMALL_TIMM[tower], image_size=224)
+    else:
+        vision.update(layers=2, width=64, head_width=32, image_size=4 * vision["patch_size"])
+    return config
+
+
+@pytest.fixture
+def load_small(monkeypatch):
+    """load_small(name, from_file, **vision) -> the FrozenClip of a shrunk model with changes in its
+    vision config, named by a tag of published weights or by a file, and left with random ones."""
+    def load(name, from_file=False, **vision):
+        config = shrink(open_clip.get_model_config(name))
+        config["vision_cfg"].update(vision)
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, config)
+        monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **options: "any")
+        monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *a, **options: None)
+        tags = [tag for tag in open_clip.list_pretrained_tags_by_model(name)
+                if open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+                == config.get("quick_gelu", False)]
+        torch.manual_seed(0)
+        return load_clip(name, "README.md" if from_file or not tags else tags[0])
+    return load
+
+
+@torch.no_grad()
+def embed_as_open_clip(clip, image):
+    transform = image_transform_v2(PreprocessCfg(**clip.model.visual.preprocess_cfg), False)
+    image = torch.stack([transform(to_pil_image(one)) for one in image])
+    return normalize(clip.model.encode_image(image), dim=-1)
+
+
+@pytest.mark.parametrize("name", [names[0] for family, names in group_models().items() if family])
+def test_every_family_gives_its_own_numbers(name, load_small):
+    clip = load_small(name)
+    image = torch.randint(0, 256, (2, 3, clip.image_size, clip.image_size), dtype=torch.uint8)
+    image_embed = clip.embed_image(image)
+    torch.testing.assert_close(image_embed, embed_as_open_clip(clip, image))
+    text_tokens = clip.tokenize(CAPTIONS)
+    text_embed, text_encodings = clip.embed_text(text_tokens)
     with torch.no_grad():
-        wanted = model.encode_text(text_tokens, normalize=True)
-    torch.testing.assert_close(clip.embed_text(text_tokens)[0], wanted)
-    assert clip.embed_dim == 1024 and clip.text_width == 512
+        wanted = normalize(clip.model.encode_text(text_tokens), dim=-1)
+    torch.testing.assert_close(text_embed, wanted)
+    torch.testing.assert_close(clip.embed_text(text_tokens[:1])[0], wanted[:1])  # fewer positions
+    config = open_clip.get_model_config(name)
+    assert clip.embed_dim == image_embed.shape[1] == text_embed.shape[1] == config["embed_dim"]
+    assert clip.text_width == config["text_cfg"]["width"]
+    assert text_encodings.shape == (*text_tokens.shape, clip.embed_dim)
+    assert torch.equal(text_encodings.abs().sum(-1) > 0, clip.compute_text_mask(text_tokens))
+
+
+def prepare_one(folder, clip):
+    """(records, Store) of one picture and its caption."""
+    annot_path = write_coco(folder, {"a.jpg": Image.new("RGB", (300, 300))}, {"a.jpg": ["one"]})
+    return load_captions(annot_path, folder / "img"), prepare_store(
+        folder / "img", annot_path, folder / "store", clip=lambda: clip, fingerprint="0")
+
+
+def test_encodings_of_another_width_come_through_the_projection_of_clip(load_small, tmp_path):
+    clip = load_small("RN50-quickgelu")
+    text_tokens = clip.tokenize(CAPTIONS)
+    text_embed, text_encodings = clip.embed_text(text_tokens)
+    ends = (text_tokens == END).int().argmax(1)
+    assert clip.text_width == 64 and text_encodings.shape[-1] == 128
+    torch.testing.assert_close(
+        normalize(text_encodings[torch.arange(len(ends)), ends], dim=-1), text_embed)
+    _, store = prepare_one(tmp_path, clip)
+    config = PRESETS["toy"].prior
+    text_encodings = store.load_text_encodings([0], config.max_text_len).float()
+    text_embed = torch.from_numpy(store.text_embed[[0]]).float()
+    predicted = build_prior(config, clip.embed_dim)(
+        text_embed, torch.zeros(1, dtype=torch.long), text_embed=text_embed,
+        text_encodings=text_encodings, text_cond_drop_prob=torch.zeros(1))
+    assert predicted.shape == (1, 128)
+
+
+@pytest.mark.parametrize("name, from_file, mean", [
+    ("ViT-L-14-quickgelu", False, open_clip.OPENAI_DATASET_MEAN),
+    ("MobileCLIP-B", False, (0, 0, 0)), ("MobileCLIP-B", True, (0, 0, 0))])
+def test_pictures_are_preprocessed_as_for_the_published_weights(name, from_file, mean, load_small):
+    clip = load_small(name, from_file)
+    image = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
+    torch.testing.assert_close(clip.embed_image(image), embed_as_open_clip(clip, image),
+                               rtol=0, atol=1e-4)
+    assert clip.mean == mean
+
+
+def test_models_with_another_tokenizer_are_refused():
+    refused = group_models()[None]
+    assert {"ViT-B-16-SigLIP", "ViT-L-14-CLIPA", "xlm-roberta-base-ViT-B-32"} <= set(refused)
+    for name in refused:
+        for pretrained in ("webli", "README.md"):
+            with pytest.raises(UserError, match=f"--clip_model: {name} has the tokenizer of"):
+                load_clip(name, pretrained)
+
+
+def test_weights_for_quick_gelu_need_a_model_with_it():
+    with pytest.raises(UserError, match="name ViT-L-14-quickgelu$"):
+        load_clip("ViT-L-14", "openai")
+    check_clip_name("ViT-L-14-quickgelu", "openai")
+    wrong = [(name, tag) for name, tag in open_clip.list_pretrained()
+             if open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")
+             and not name.endswith("quickgelu") and "roberta" not in name]
+    for name, tag in wrong:
+        with pytest.raises(UserError, match=f"name {name}-quickgelu$"):
+            load_clip(name, tag)
+        check_clip_name(f"{name}-quickgelu", tag)
+    assert len(wrong) > 20
+
+
+def test_pictures_other_than_those_of_its_training_are_noted(load_small, clip, tmp_path, capsys,
+                                                             monkeypatch):
+    large = load_small("ViT-H-14-378-quickgelu", image_size=378)
+    records, store = prepare_one(tmp_path, large)
+    notes = ["this CLIP reads pictures of 378 px and sees those of 256 px enlarged",
+             "this CLIP was trained on whole photos made square (squash)"]
+    said = capsys.readouterr().out
+    assert all(f"note: {note}" in said for note in notes)
+    monkeypatch.setattr(cli, "ClipSource", lambda *names: SimpleNamespace(load=lambda: large))
+    doctor.check_clip(Namespace(clip_model="", clip_pretrained=""), records,
+                      [(records[0], torch.from_numpy(store.images[0].copy()))], PRESETS["toy"],
+                      doctor.Report())
+    said = capsys.readouterr().out
+    assert all(f"warning  {note}" in said for note in notes)
+    assert clip.list_differences(256) == []
 
 
 def test_logit_scale_is_fixed_where_the_config_says_so():

@@ -10,6 +10,8 @@ from dalle2 import config as config_module
 from dalle2.config import (
     PRESETS,
     Preset,
+    PriorConfig,
+    UnetConfig,
     UserError,
     config_from_dict,
     config_to_dict,
@@ -50,8 +52,22 @@ def test_unknown_and_missing_fields_are_named():
 
 @pytest.mark.parametrize("field, value", [
     ("lr", 0.0), ("lr", -1.0), ("num_steps", 0), ("batch_size", -4), ("ema_decay", 1.5),
-    ("lr_schedule", "linear"), ("mixed_precision", "fp8")])
+    ("lr_schedule", "linear"), ("mixed_precision", "fp8"), ("lr", float("nan")),
+    ("max_grad_norm", float("inf")), ("num_steps", 2 ** 63)])
 def test_senseless_values_are_named(field, value):
     train = replace(PRESETS["toy"].prior.train, **{field: value})
     with pytest.raises(UserError, match=f"--{field}"):
         validate_config(train)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("depth", "4"), ("depth", 4.0), ("depth", True), ("depth", None), ("normformer", 1),
+    ("train", [1]), ("beta_schedule", 1)])
+def test_values_of_another_type_are_named(field, value):
+    values = config_to_dict(PRESETS["toy"].prior)
+    with pytest.raises(UserError, match="TrainConfig" if field == "train" else f"--{field}"):
+        config_from_dict(PriorConfig, {**values, field: value})
+    assert config_from_dict(PriorConfig, {**values, "cond_scale": 2}).cond_scale == 2
+    with pytest.raises(UserError, match="--dim_mults"):
+        unet = config_to_dict(PRESETS["toy"].decoder.unets[0])
+        config_from_dict(UnetConfig, {**unet, "dim_mults": [2, "4"]})

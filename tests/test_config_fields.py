@@ -25,9 +25,9 @@ from dalle2.sampling import sample_image_embed, sample_images
 TOY, D = PRESETS["toy"], 128
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
-             warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, max_grad_norm=0.01, ema_decay=0.2,
-             gradient_accumulation_steps=2, seed=1, save_every=3, save_minutes=1e-9,
-             validate_every=3)
+             warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
+             max_grad_norm=0.01, ema_decay=0.2, device_batch_size=1, seed=1, save_every=3,
+             save_minutes=1e-9, validate_every=3, snapshot_every=4)
 CLIP = dict(embed_dim=64, image_size=64, vision_width=24, vision_layers=(2, 1, 1, 1),
             text_layers=3, text_heads=2, context_length=20, logit_scale=5.0)
 PRIOR = dict(depth=2, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
@@ -62,10 +62,11 @@ def assert_changes(seen, kind, run, before, after):
 
 
 def test_the_walks_leave_no_field_out():
-    tested_elsewhere = {"mixed_precision", "compile", "fsdp"}
+    tested_elsewhere = {"mixed_precision", "channels_last", "compile", "fsdp"}
     for kind, walked in ((TrainConfig, {*TRAIN, *tested_elsewhere}), (ClipConfig, CLIP),
                          (PriorConfig, PRIOR), (UnetConfig, {**UNET, **UPSAMPLER})):
-        assert {item.name for item in fields(kind)} - {"train"} == set(walked)
+        assert {item.name for item in fields(kind)} - {"train", "gradient_checkpointing"} == \
+            set(walked)
 
 
 @pytest.mark.parametrize("field", TRAIN)
@@ -81,6 +82,7 @@ def test_training(field, tmp_path, seen):
             folder, config, validate=validate, at_step=events.append,
             sample=lambda module: events.append("sample"))
         return {"exported": exported, "raw": raw, "events": events,
+                "snapshots": len(list((folder / "averages").glob("*"))),
                 "lr": [m["lr"] for m in metrics]}
     config = replace(CONFIG, num_steps=9, validate_every=5, save_every=5)
     # the clock is looked at when a step is logged

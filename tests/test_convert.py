@@ -14,6 +14,7 @@ from dalle2.diffusion import compute_betas
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
 
 TOY, D = PRESETS["toy"], 128
+CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def run_unet(network):
 def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
     ours = build_prior(TOY.prior, D).eval()
     save_export(tmp_path / "a.safetensors", "prior", {
-        "config": config_to_dict(TOY.prior), "embed_dim": D, "clip": {}, "step": 1},
+        "config": config_to_dict(TOY.prior), "embed_dim": D, "clip": CLIP, "step": 1},
         {f"net.{name}": value for name, value in ours.state_dict().items()})
     run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")
     stock = build_library_prior().eval()
@@ -76,7 +77,7 @@ def test_a_decoder_goes_to_the_stock_class_and_back(run_convert, tmp_path):
     unets = [build_unet(c, n, D).eval() for n, c in enumerate(TOY.decoder.unets, start=1)]
     stages = [{"config": config_to_dict(c), "step": 1} for c in TOY.decoder.unets]
     save_export(tmp_path / "a.safetensors", "decoder",
-                {"embed_dim": D, "clip": {}, "stages": stages},
+                {"embed_dim": D, "clip": CLIP, "stages": stages},
                 {f"unets.{i}.{name}": value for i, unet in enumerate(unets)
                  for name, value in unet.state_dict().items()})
     run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -9,13 +10,16 @@ from dalle2.clip import compute_fingerprint, load_clip
 from dalle2.config import UserError
 from dalle2.data import (
     Store,
+    cut_jpeg,
+    decode_jpeg,
     draw_indexes,
     load_captions,
     load_image,
+    read_crops,
     resize,
     resize_and_crop,
 )
-from dalle2.prepare import prepare_store
+from dalle2.prepare import encode_jpeg, prepare_store
 
 
 def write_coco(folder, images, captions):
@@ -129,6 +133,34 @@ def test_small_images_are_derived_once_and_antialiased(store):
     assert small.shape == (len(store), 3, 32, 32)
     wanted = resize(torch.from_numpy(store.images[3].copy()), 32)
     assert np.array_equal(small[3], wanted.numpy())
+
+
+@pytest.mark.parametrize("top", [0, 1, 15, 16, 17, 100, 191, 192])
+def test_a_jpeg_file_is_cut_without_decoding_it(top):
+    torch.manual_seed(0)
+    coarse = torch.rand(1, 3, 40, 40)
+    image = torch.nn.functional.interpolate(coarse, 256, mode="bicubic").clamp(0, 1)[0]
+    content = encode_jpeg((image * 255).to(torch.uint8))
+    part, above = cut_jpeg(content, top, top + 64)
+    assert len(part) < 0.5 * len(content)
+    wanted = decode_jpeg(content)[top:top + 64]
+    assert np.array_equal(decode_jpeg(part)[top - above:top - above + 64], wanted)
+
+
+def test_a_jpeg_file_without_restart_markers_is_read_whole():
+    content = io.BytesIO()
+    Image.new("RGB", (256, 256), "red").save(content, "JPEG")
+    assert cut_jpeg(content.getvalue(), 50, 80) == (content.getvalue(), 0)
+
+
+def test_crops_are_those_of_the_whole_pictures(toy, store, tmp_path):
+    indexes, corners = [5, 0, 5], torch.tensor([[0, 3], [192, 192], [77, 130]])
+    jpeg = prepare_store(f"{toy}/train", f"{toy}/captions_train.json", tmp_path,
+                         image_format="jpeg", progress=False)
+    for held in (store.images, jpeg.images):
+        crops = read_crops(held, indexes, corners, 64)
+        for crop, index, (top, left) in zip(crops, indexes, corners.tolist()):
+            assert np.array_equal(crop, held[index][:, top:top + 64, left:left + 64])
 
 
 def test_each_epoch_draws_each_picture_once():

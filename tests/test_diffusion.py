@@ -24,7 +24,7 @@ def test_targets_lead_back_to_x_start(kind):
     diffusion = Diffusion(1000, "cosine", **kind)
     x, noise, t = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 100, 500, 900])
     x_t = diffusion.q_sample(x, t, noise)
-    found = diffusion.to_x_start(diffusion.target(x, t, noise), x_t, t)
+    found = diffusion.to_x_start(diffusion.target(x, t, noise), x_t, *diffusion.coefficients(t, x))
     torch.testing.assert_close(found, x, atol=1e-3, rtol=1e-3)
 
 

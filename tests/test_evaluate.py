@@ -52,7 +52,7 @@ def list_times(folder):
 
 
 def embed(clip, paths):
-    images = [torch.from_numpy(np.asarray(Image.open(path).resize((256, 256), Image.BICUBIC)))
+    images = [torch.from_numpy(np.array(Image.open(path).resize((256, 256), Image.BICUBIC)))
               for path in paths]
     return clip.embed_image(torch.stack(images).permute(0, 3, 1, 2))
 
@@ -77,7 +77,7 @@ def test_figures_files_and_resuming(evaluate, toy, clip_path, store_dir, tmp_pat
     assert ids == sorted(ids) and len(set(ids)) == 20
     assert [entry["file"] for entry in manifest] == [f"images/{n}.png" for n in ids]
     assert all((e["image_id"], e["caption"]) in captions for e in manifest)
-    assert all(Image.open(out / e["file"]).size == (64, 64) for e in manifest)
+    assert all(Image.open(out / e["file"]).convert("L").size == (64, 64) for e in manifest)
 
     clip = load_clip("", str(clip_path))
     pictures = embed(clip, [out / entry["file"] for entry in manifest])

@@ -1,14 +1,18 @@
 import copy
+import threading
+import time
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from dalle2_pytorch import dalle2_pytorch as library
 from torch._dynamo.testing import CompileCounter
 
+from dalle2.checkpoint import load_export
 from dalle2.config import PRESETS, UserError
 from dalle2.fast_modules import restore_modules, swap_modules
-from dalle2.models import build_prior, build_unet
+from dalle2.models import build_prior, build_unet, save_decoder_stage
 
 TOY = PRESETS["toy"]
 D = 128
@@ -218,3 +222,45 @@ def test_image_tokens_as_wide_as_the_embedding_are_refused():
     """The library would hand on the embedding itself in place of its tokens."""
     with pytest.raises(UserError, match="cond_dim 64 needs a CLIP of another embedding size"):
         build_unet(TOY.decoder.unets[0], 1, 64)
+
+
+def test_checkpointed_blocks_give_the_same_gradients_from_less_memory():
+    config = replace(TOY.decoder.unets[0], num_resnet_blocks=2)
+    found, kept = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        network = build_unet(replace(config, gradient_checkpointing=checkpointed), 1, D)
+        torch.nn.init.normal_(network.to_out.weight, std=0.1)
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            if not isinstance(tensor, torch.nn.Parameter):
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+        generator = torch.Generator().manual_seed(1)
+        x, embed = torch.randn(2, 3, 32, 32, generator=generator), torch.ones(2, D)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = network.train()(x, torch.tensor([5, 900]), image_embed=embed)
+        out.square().mean().backward()
+        found.append([p.grad for p in network.parameters() if p.requires_grad])
+        kept.append(sum(storages.values()))
+    assert_same(*found)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_stages_that_are_exported_at_the_same_time_are_both_kept(tmp_path, monkeypatch):
+    def save_slowly(state, path, metadata, save=safetensors.torch.save_file):
+        time.sleep(0.2)
+        save(state, path, metadata)
+    monkeypatch.setattr("dalle2.checkpoint.save_file", save_slowly)
+    states = [{"weight": torch.full((2,), float(number))} for number in (1, 2)]
+    path = tmp_path / "decoder.safetensors"
+    threads = [threading.Thread(target=save_decoder_stage, args=(
+        path, number, config, state, {"embed_dim": D}, 1, 2))
+        for number, config, state in zip((1, 2), TOY.decoder.unets, states)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    header, weights = load_export(path, "decoder", "--output_dir")
+    assert all(header["stages"]) and set(weights) == {"unets.0.weight", "unets.1.weight"}

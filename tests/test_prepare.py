@@ -104,12 +104,10 @@ def test_a_full_disk_is_told_beforehand(tmp_path, monkeypatch):
 def test_growing_files_drop_what_a_step_did_not_finish(tmp_path):
     def reopen():
         files = GrowingFiles(tmp_path, ["a", "b"])
-        files.close()
         return files.notes, (tmp_path / "a").read_bytes(), (tmp_path / "b").read_bytes()
     files = GrowingFiles(tmp_path, ["a", "b"])
     files.append({"a": b"11", "b": b"x"}, "one")
     files.append({"a": b"22", "b": b""}, "two")
-    files.close()
     whole = (["one", "two"], b"1122", b"x")
     assert reopen() == whole
     with open(tmp_path / "b", "ab") as file:

@@ -57,7 +57,7 @@ def read_metrics(folder):
 
 def assert_same_weights(one, other):
     (one,), (other,) = (sorted(set(folder.glob("*.safetensors"))
-                               - set(folder.glob("*_best.safetensors"))) for folder in (one, other))
+                               - set(folder.glob("*_last.safetensors"))) for folder in (one, other))
     one, other = load_file(one), load_file(other)
     assert one.keys() == other.keys()
     for name in one:
@@ -98,7 +98,7 @@ def test_processes_and_parts_share_a_batch(name, tmp_path, data_flags, clip_path
     out = finish(start(name, tmp_path / "two", data_flags, clip_path, *flags, processes=2))
     assert "on 2 x cpu" in out
     finish(start(name, tmp_path / "parts", data_flags, clip_path, *flags,
-                 "--gradient_accumulation_steps", "2"))
+                 "--device_batch_size", "8"))
     one = read_metrics(tmp_path / "one")
     for way in ("two", "parts"):
         others = read_metrics(tmp_path / way)

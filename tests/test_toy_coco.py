@@ -75,7 +75,7 @@ def test_captions_are_coco_and_say_everything(toy):
     for image_id, image in coco.imgs.items():
         captions = [a["caption"] for a in coco.imgToAnns[image_id]]
         assert len(captions) == 5 and len(set(captions)) >= 4
-        assert Image.open(toy / "train" / image["file_name"]).size == (256, 256)
+        assert Image.open(toy / "train" / image["file_name"]).convert("L").size == (256, 256)
         for caption in captions:
             assert image["attributes"]["background"] in caption
             for item in image["attributes"]["objects"]:

@@ -3,20 +3,30 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import multiprocessing, nn
 
 from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
 from dalle2.config import TrainConfig, UserError
 from dalle2.files import hold_lock, replace_file
 from dalle2.logger import MetricsLog, read_metrics
 from dalle2.rng import BatchRandom, derive_seed
-from dalle2.train_loop import check_same_run, compute_lr_factor, train
+from dalle2.train_loop import (
+    BATCHES_AHEAD,
+    check_same_run,
+    compute_lr_factor,
+    count_rows,
+    take_step,
+    train,
+)
+from dalle2.validation import ROWS, map_rows
 
 CONFIG = TrainConfig(num_steps=8, batch_size=4, lr=1e-2, warmup_steps=2, weight_decay=0.1,
                      ema_decay=0.9, save_every=4, validate_every=4)
@@ -26,31 +36,39 @@ def run_training(folder, config=CONFIG, stop_at=None, compute_loss=None, at_step
     """Trains a small network on fixed numbers; returns (exported weights, raw weights, metrics).
     stop_at: the step that dies; at_step: called with the number of each step."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+    module = options.pop("module", None) or nn.Sequential(
+        nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+    last_exports = options.pop("last_exports", {})
     exported = {}
 
+    checkpoint = load_newest_checkpoint(folder / "checkpoints")
+    rows = [config.batch_size * (checkpoint["step"] if checkpoint else 0)]
+
     def default_loss(module, batch, random):
+        if at_step and rows[0] % config.batch_size == 0:
+            at_step(rows[0] // config.batch_size)
+        rows[0] += len(batch["x"])
         return (module(batch["x"] + random.randn(3)) - batch["x"][:, :2]).square().mean(1)
 
     def draw_batch(step, rows, random):
         if step == stop_at:
             raise KeyboardInterrupt
-        if at_step:
-            at_step(step)
         return {"x": random.rand(3)}
+    draw_batch = options.pop("draw_batch", draw_batch)
 
-    def export(state, step, best):
-        into = exported if not best else options.get("best_exports", {})
+    def export(state, step, last):
+        into = last_exports if last else exported
         into.update({k: v.clone() for k, v in state.items()}, step=step)
     try:
         train(module=module, compute_loss=compute_loss or default_loss, draw_batch=draw_batch,
               train_config=config, run_dir=folder, header={"lr": config.lr},
               accelerator=Accelerator(cpu=True), export=export, log_with="none",
-              **{name: value for name, value in options.items() if name != "best_exports"})
+              **options)
     except KeyboardInterrupt:
         pass
     exported.pop("step", None)
-    return exported, module.state_dict(), read_metrics(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"  # the first process writes it
+    return exported, module.state_dict(), read_metrics(path) if path.exists() else []
 
 
 def test_exported_weights_are_the_average_and_not_the_raw_ones(tmp_path):
@@ -59,7 +77,7 @@ def test_exported_weights_are_the_average_and_not_the_raw_ones(tmp_path):
     assert min(differ) > 1e-5
     state = load_newest_checkpoint(tmp_path / "checkpoints")
     for name, value in exported.items():
-        assert torch.equal(value, state["ema"][f"module.{name}"])
+        assert torch.equal(value, state["ema"][name])
         assert torch.equal(raw[name], state["module"][name])
 
 
@@ -80,11 +98,13 @@ def test_a_finished_run_trains_no_more(tmp_path):
         assert torch.equal(first[name], again[name])
 
 
-def test_accumulation_changes_nothing(tmp_path):
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_rows_that_are_computed_at_a_time_change_nothing(tmp_path, rows):
     _, _, whole = run_training(tmp_path / "a")
-    _, _, parts = run_training(tmp_path / "b", replace(CONFIG, gradient_accumulation_steps=2))
+    _, _, parts = run_training(tmp_path / "b", replace(CONFIG, device_batch_size=rows))
     for one, other in zip(whole, parts):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_learning_rate_warms_up_and_falls(tmp_path):
@@ -127,9 +147,9 @@ def test_the_same_numbers_whatever_the_number_of_processes():
     assert derive_seed(1, 23) != derive_seed(12, 3)
 
 
-def test_uneven_batches_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--batch_size"):
-        run_training(tmp_path, replace(CONFIG, gradient_accumulation_steps=3))
+def test_uneven_batches_are_refused():
+    with pytest.raises(UserError, match="--batch_size: 10 does not divide among 4 processes"):
+        count_rows(10, 4)
 
 
 def test_another_runs_folder_is_refused_by_field(tmp_path):
@@ -168,6 +188,61 @@ def test_metrics_of_a_run_that_was_cut_off_are_dropped(tmp_path):
         log.write([{"step": 2, "loss": 3.0, "grad_norm": float("nan")}])
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 3.0, "grad_norm": None}]
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+# ----------------------------------------------------------------------------------------------
+# several processes
+
+
+def run_in_two_processes(function, folder):
+    """function(folder, rank) in two processes that share their batches; raises what either did."""
+    multiprocessing.spawn(enter_process, (function, folder), nprocs=2)
+
+
+def enter_process(rank, function, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="localhost", MASTER_PORT="0")  # they meet in a file
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                         world_size=2)
+    try:
+        function(folder, rank)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def train_in_parts(folder, rank):
+    for steps in (4, 8):
+        run_training(folder / f"machine{rank}", replace(CONFIG, num_steps=steps))
+
+
+def test_two_machines_resume_from_the_first_ones_folder(tmp_path):
+    """Each process has a run folder of its own, and only the first one's holds checkpoints."""
+    run_in_two_processes(train_in_parts, tmp_path)
+    assert not (tmp_path / "machine1" / "checkpoints").exists()
+    for steps in (4, 8):
+        *_, whole = run_training(tmp_path / "one", replace(CONFIG, num_steps=steps))
+    both = read_metrics(tmp_path / "machine0" / "metrics.jsonl")
+    for one, other in zip(whole, both, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def train_on_a_small_second_device(folder, rank):
+    run_training(folder, module=SmallDevice(1 if rank else 4), compute_loss=loss_of_noise)
+
+
+def loss_of_noise(module, batch, random):
+    return module(batch["x"] + random.randn(3)).square().mean(1)
+
+
+def test_where_one_of_two_processes_lacks_memory_both_take_fewer_rows(tmp_path, capfd):
+    run_in_two_processes(train_on_a_small_second_device, tmp_path)
+    assert capfd.readouterr().out.count("out of memory with 2 rows at a time: now 1") == 1
+    *_, whole = run_training(tmp_path / "one", module=SmallDevice(4), compute_loss=loss_of_noise)
+    both = read_metrics(tmp_path / "metrics.jsonl")
+    for one, other in zip(whole, both, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -231,18 +306,19 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.count("warning: ") == 2  # at steps 4 and 6 it went on
 
 
-def test_the_best_weights_by_validation_are_exported_beside_the_last(tmp_path):
-    best, seen = {}, []
+def test_the_best_weights_by_validation_are_exported_and_the_last_beside_them(tmp_path):
+    last, seen = {}, []
 
     def validate(module, brief):
         seen.append((brief, module.training))
         return {"val_loss": [5.0, 5.5, 3.0, 3.5, 4.0, 4.5, 9.0, 9.5][len(seen) - 1]}
-    *_, metrics = run_training(tmp_path, replace(CONFIG, validate_every=2), validate=validate,
-                               best_exports=best)
+    exported, _, metrics = run_training(tmp_path, replace(CONFIG, validate_every=2),
+                                        validate=validate, last_exports=last)
     assert seen == [(False, False), (True, False)] * 4
     assert [(m["step"], m["val_loss"], m["val_loss_raw"]) for m in metrics if "val_loss" in m] == [
         (2, 5.0, 5.5), (4, 3.0, 3.5), (6, 4.0, 4.5), (8, 9.0, 9.5)]
-    assert best["step"] == 4
+    assert last.pop("step") == 8
+    assert not any(torch.equal(last[name], exported[name]) for name in exported)
     assert load_newest_checkpoint(tmp_path / "checkpoints")["best"] == {"step": 4, "val_loss": 3.0}
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
@@ -260,13 +336,42 @@ def test_checkpoints_are_also_written_by_the_clock(tmp_path, monkeypatch):
         "step_00000002.jpg", "step_00000004.jpg"]
 
 
-def test_lack_of_gpu_memory_names_the_flags_that_help(tmp_path):
-    def compute_loss(module, batch, random):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(UserError, match="--gradient_accumulation_steps: .* 2 instead of 1"):
-        run_training(tmp_path, compute_loss=compute_loss)
+class SmallDevice(nn.Module):
+    """A network that runs out of memory with more than `rows` rows, from step `since` on."""
+
+    def __init__(self, rows, since=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.rows, self.since, self.seen = nn.Linear(3, 2), rows, since, []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        if len(x) > self.rows and len(self.seen) > self.since:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.layer(x)
 
 
+@pytest.mark.parametrize("since", [0, 3])
+def test_where_memory_runs_out_rows_are_halved_and_the_step_is_repeated(tmp_path, since, capsys):
+    _, _, whole = run_training(tmp_path / "a", module=SmallDevice(4), compute_loss=loss_of_noise)
+    small = SmallDevice(1, since)
+    _, _, parts = run_training(tmp_path / "b", module=small, compute_loss=loss_of_noise)
+    assert small.seen == since * [4] + [4, 2] + (8 - since) * [1, 1, 1, 1]
+    assert capsys.readouterr().out.count("out of memory with") == 2
+    for one, other in zip(whole, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("can_split, flag", [(True, "--device_batch_size"),
+                                             (False, "--batch_size")])
+def test_lack_of_memory_for_a_single_row_is_said_in_one_line(tmp_path, can_split, flag):
+    with pytest.raises(UserError, match=f"{flag}: out of GPU memory"):
+        run_training(tmp_path, module=SmallDevice(0), can_split=can_split,
+                     compute_loss=lambda module, batch, random: module(batch["x"]).mean())
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # the child only saves
 def test_killed_a_hundred_times_while_saving_there_is_always_a_checkpoint(tmp_path, monkeypatch):
     """A forked process saves over and over onto a slow disk and is killed at a random moment."""
     def slow_save(state, path):
@@ -298,3 +403,56 @@ def test_killed_a_hundred_times_while_saving_there_is_always_a_checkpoint(tmp_pa
         assert state["step"] >= step and (state["x"] == state["step"]).all()
         step = state["step"]
     assert torn > 10 and step > 5
+
+
+# ----------------------------------------------------------------------------------------------
+# parts of a step
+
+
+def test_a_step_of_two_optimizers_updates_the_scaler_once():
+    """And unscales each gradient once: an update in between would let it be done again."""
+    layer = nn.Linear(16, 16)
+    optimizers = [torch.optim.SGD([layer.weight], lr=1.0), torch.optim.SGD([layer.bias], lr=1.0)]
+    before = [p.detach().clone() for p in layer.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    for step in range(2):
+        scaler.scale(layer(torch.ones(1, 16)).sum()).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        take_step(optimizers, torch.ones(()), scaler)
+        assert scaler.get_scale() == (8.0, 16.0)[step]
+        layer.zero_grad()
+    for old, new in zip(before, layer.parameters()):
+        torch.testing.assert_close(old - new, torch.full_like(old, 2.0))
+
+
+def test_batches_are_drawn_ahead_and_no_further(tmp_path):
+    drawn, ahead = [], []
+
+    def compute_loss(module, batch, random):
+        time.sleep(0.02)
+        ahead.append(len(drawn) - len(ahead))
+        return loss_of_noise(module, batch, random)
+
+    def draw_batch(step, rows, random):
+        drawn.append(threading.current_thread())
+        return {"x": random.rand(3)}
+    run_training(tmp_path, replace(CONFIG, num_steps=12), draw_batch=draw_batch,
+                 compute_loss=compute_loss)
+    assert max(ahead) == BATCHES_AHEAD + 1 and threading.main_thread() not in drawn
+
+
+def test_rows_are_validated_by_all_processes_and_come_back_in_order(monkeypatch):
+    """Five slices among three processes: two calls each."""
+    count, found = 4 * ROWS + 7, []
+    values = torch.arange(count)
+
+    def gather(own):
+        found.append(own)
+        return [row for rows in found for row in rows] if len(found) == 3 else [
+            (start, values[start:start + ROWS]) for start in range(0, count, ROWS)]
+    monkeypatch.setattr("dalle2.validation.gather_object", gather)
+    for process in range(3):
+        shared = SimpleNamespace(process_index=process, num_processes=3)
+        assert torch.equal(map_rows(lambda rows: values[rows], count, shared), values)
+    assert [len(own) for own in found] == [2, 2, 2]

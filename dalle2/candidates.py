@@ -1,0 +1,146 @@
+"""The weights that a finished run leaves to choose from, and what a network draws with them."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dalle2.checkpoint import load_export, read_export_header, save_export
+from dalle2.config import PriorConfig, UnetConfig, UserError, config_from_dict
+from dalle2.ema import list_snapshots, solve_weights, synthesize
+from dalle2.files import hold_lock
+from dalle2.models import build_prior, build_unet
+from dalle2.sampling import sample_image_embed, sample_images
+
+
+@dataclass
+class Run:
+    """A run folder of a prior (unet_number 0) or of a stage of a decoder (1-based)."""
+
+    folder: Path
+    header: dict  # its config.json
+    unet_number: int
+
+    def __post_init__(self):
+        number, folder = self.unet_number, self.folder
+        self.config = config_from_dict(UnetConfig if number else PriorConfig, self.header["config"])
+        self.kind, self.prefix, folder = ("decoder", f"unets.{number - 1}.", folder.parent) \
+            if number else ("prior", "net.", folder)
+        self.export = folder / f"{self.kind}.safetensors"
+
+    def build_network(self):
+        embed_dim = self.header["embed_dim"]
+        return build_unet(self.config, self.unet_number, embed_dim) if self.unet_number \
+            else build_prior(self.config, embed_dim)
+
+
+def open_run(folder):
+    """The Run in `folder`; UserError where there is none."""
+    folder = Path(folder).resolve()
+    try:
+        header = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"--run_dir: {folder} holds no config.json of a run") from None
+    number = re.fullmatch(r"unet([1-9]\d*)", folder.name)
+    is_prior = "max_text_len" in header.get("config", {})
+    if not is_prior and not (number and "lowres_size" in header):
+        raise UserError(f"--run_dir: {folder} is the run of neither a prior nor a decoder's stage")
+    return Run(folder, header, 0 if is_prior else int(number[1]))
+
+
+def list_candidates(args, run):
+    """[{"step", "sigma_rel", "mismatch", "export", "sources"}], first the averages, then the
+    exports, whose sigma_rel and mismatch are None; sources: the files that the weights come from.
+    """
+    kept = sorted({step for step, _ in list_snapshots(run.folder)})
+    for step in set(args.steps or ()) - set(kept):
+        raise UserError(f"--steps: {run.folder} has no averages of step {step}, only of "
+                        f"{', '.join(map(str, kept)) or 'none'}")
+    candidates = []
+    for step in sorted(set(args.steps or kept))[-args.last_steps:]:  # -0: all
+        snapshots = list_snapshots(run.folder, step)
+        candidates += [{"step": step, "sigma_rel": sigma_rel, "export": None,
+                        "mismatch": solve_weights(list(snapshots), step, sigma_rel)[1],
+                        "sources": list(snapshots.values())}
+                       for sigma_rel in sorted(set(args.sigma_rel))]
+    for path in (run.export, run.export.with_stem(f"{run.kind}_last")):
+        record = read_export_header(path, run.kind, "--run_dir") if path.is_file() else None
+        if record and run.unet_number:
+            record = record["stages"][run.unet_number - 1]
+        if record and "chosen" not in record:  # what was chosen is among the others
+            candidates.append({"step": record["step"], "sigma_rel": None, "export": path.name,
+                               "mismatch": None, "sources": [path]})
+    if not candidates:
+        raise UserError(f"--run_dir: {run.folder} has neither averages nor an export")
+    return candidates
+
+
+def describe(candidate):
+    return candidate["export"] or f"step {candidate['step']}, sigma_rel {candidate['sigma_rel']:g}"
+
+
+def load_weights(run, candidate):
+    """The candidate's state dict."""
+    if not candidate["export"]:
+        return synthesize(run.folder, candidate["step"], candidate["sigma_rel"])
+    _, weights = load_export(run.export.with_name(candidate["export"]), run.kind, "--run_dir")
+    return {name.removeprefix(run.prefix): value for name, value in weights.items()
+            if name.startswith(run.prefix)}
+
+
+def write_chosen(run, best, metric):
+    """Puts the best into the run's export."""
+    if best["export"] == run.export.name:
+        return print(f"{run.export} holds the best already")
+    with hold_lock(run.folder / ".lock", wait=False, told=UserError(
+            f"--write: {run.folder} is in use by another process")):
+        record = {"step": best["step"], "chosen": {
+            "step": best["step"], "sigma_rel": best["sigma_rel"], "metric": metric,
+            "score": best["score"]}}
+        weights = {run.prefix + name: value for name, value in load_weights(run, best).items()}
+        header = {**run.header, **record}
+        if run.unet_number:
+            source = run.export if run.export.is_file() else run.export.with_stem("decoder_last")
+            header, others = load_export(source, "decoder", "--write")
+            header["stages"][run.unet_number - 1] = {"config": run.header["config"], **record}
+            weights |= {name: value for name, value in others.items()
+                        if not name.startswith(run.prefix)}
+        save_export(run.export, run.kind, header, weights)
+    print(f"{run.export}: now {describe(best)}")
+
+
+# ----------------------------------------------------------------------------------------------
+# drawing
+
+
+def load_true_and_conditions(run, store):
+    """What the run should draw, image_embed (N, D) or image (N, 3, H, W) in [0, 1], and a list of
+    tensors (N, ...) that it draws from."""
+    def load_images(size):
+        images = store.images if size == store.images.shape[-1] else store.load_small_images(size)
+        return torch.tensor(images[:]) / 255
+    image_embed = torch.tensor(store.image_embed).float()
+    if run.unet_number == 0:
+        rows = store.caption_start[:-1]
+        encodings = store.load_text_encodings(rows, run.config.max_text_len).float()
+        return F.normalize(image_embed, dim=-1), [torch.tensor(store.text_embed[rows]).float(),
+                                                  encodings]
+    return load_images(run.config.image_size), [
+        image_embed if run.unet_number == 1 else load_images(run.header["lowres_size"])]
+
+
+def draw(run, network, conditions, seeds):
+    """image_embed (B, D), or image (B, 3, H, W) in [0, 1]."""
+    if run.unet_number == 0:
+        return sample_image_embed(network, run.config, *conditions, seeds)
+    if run.unet_number == 1:
+        return sample_images([network], [run.config], *conditions, seeds)
+    # the true small picture takes the place of what the stage before draws
+    first = replace(run.config, image_size=run.header["lowres_size"], predict_x_start=True,
+                    predict_v=False, cond_scale=1.0)
+    return sample_images([lambda x_t, t, image_embed, **options: image_embed, network],
+                         [first, run.config], conditions[0] * 2 - 1, seeds,
+                         sample_timesteps=[1, None])

@@ -1,0 +1,265 @@
+"""Chooses the weights of a run by what they draw: `python -m dalle2.choose --run_dir FOLDER`.
+
+Candidates are averages of several lengths at several steps (dalle2.ema) and the run's exports. All
+draw for the same held-out photos from the same seeds: a prior embeddings for the first caption of
+each, a first decoder stage pictures from their embeddings, a later one from their small versions.
+Run again, it goes on with the scores that `choice.json` holds.
+"""
+
+import hashlib
+import json
+from functools import cache, partial
+
+import torch
+
+from dalle2 import cli, metrics
+from dalle2.candidates import (
+    describe,
+    draw,
+    list_candidates,
+    load_true_and_conditions,
+    load_weights,
+    open_run,
+    write_chosen,
+)
+from dalle2.clip import compute_fingerprint, load_clip
+from dalle2.config import UserError
+from dalle2.ema import MAX_SIGMA_REL
+from dalle2.files import replace_file
+from dalle2.images import to_uint8
+from dalle2.pipeline import load_matching_clip
+from dalle2.prepare import prepare_store
+from dalle2.rng import derive_seed
+
+NUM_GROUPS, MIN_IMAGES = 20, 8  # groups of photos, left out in turn for the standard errors
+COLUMNS = {"step": "{}", "sigma_rel": "{:g}", "score": "{:.5g}", "error": "{:.2g}",
+           "gap": "{:.2g}", "gap_error": "{:.2g}", "mismatch": "{:.3f}"}
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_argument("--run_dir", default="output/prior", help="run folder of a prior, or of one"
+                        " stage of a decoder such as output/decoder/unet1")
+    parser.add_argument("--sigma_rel", type=float, nargs="+", default=[0.05, 0.075, 0.1, 0.15],
+                        help="lengths of the averages, as a share of the steps so far")
+    parser.add_argument("--steps", type=int, nargs="+", help="of the kept averages (None: all)")
+    parser.add_argument("--last_steps", type=int, default=0, help="the last so many steps (0: all)")
+    parser.add_argument("--write", action="store_true", help="put the best into prior.safetensors, "
+                        "or into its stage of decoder.safetensors, in place of what is there")
+    data = parser.add_argument_group("data")
+    data.add_argument("--val_img_path", default=f"{cli.DATA_DIR}/val2014", help="picture folder")
+    data.add_argument("--val_annot_path", help="COCO captions file",
+                      default=f"{cli.DATA_DIR}/annotations/captions_val2014.json")
+    data.add_argument("--num_images", type=int, help="the first so many pictures (None: 1000 for a "
+                      "prior, 200 for a decoder)")
+    data.add_argument("--store_dir", default=cli.STORE_DIR, help="where they are kept, prepared")
+    data.add_argument("--clip_model", help="None: the CLIP that the run names")
+    data.add_argument("--clip_pretrained", help="None: the CLIP that the run names")
+    score = parser.add_argument_group("score")
+    score.add_argument("--metric", choices=list(METRICS), help="cosine to the true photo's "
+                       "embedding, CMMD or KID (None: cosine for a prior, cmmd for a decoder)")
+    score.add_argument("--judge_clip_model", help="CLIP that looks at pictures for cosine and cmmd "
+                       "(None: the one that conditions the decoder)")
+    score.add_argument("--judge_clip_pretrained", help="its open_clip tag, or a file")
+    score.add_argument("--inception_weights", help="for kid (None: torch's cache, or the net)")
+    score.add_argument("--seed", type=int, default=0)
+    score.add_argument("--batch_size", type=int, default=64, help="drawn at a time")
+    args = parser.parse_args()
+    for name, low, high in (("num_images", MIN_IMAGES, 1e9), ("batch_size", 1, 1e9),
+                            ("last_steps", 0, 1e9), ("sigma_rel", 0.01, MAX_SIGMA_REL)):
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [low if value is None else value]:
+            if not low <= number <= high:
+                raise UserError(f"--{name}: {number} is not between {low} and {high:g}")
+    if args.judge_clip_model and not args.judge_clip_pretrained:
+        raise UserError("--judge_clip_pretrained: needed with --judge_clip_model")
+    return args
+
+
+def main():
+    args, device = parse_args(), cli.pick_device()
+    run = open_run(args.run_dir)
+    metric = args.metric or ("cmmd" if run.unet_number else "cosine")
+    if not run.unet_number and (metric == "kid" or args.judge_clip_pretrained):
+        raise UserError(f"--{'metric' if metric == 'kid' else 'judge_clip_pretrained'}: a prior "
+                        "draws embeddings of its own CLIP, no pictures")
+    candidates, clip = list_candidates(args, run), run.header["clip"]
+    args.prior_ckpt = run.export  # the CLIP's file may lie beside it
+    load_own_clip = cache(lambda: load_matching_clip(args, clip, clip, device))
+    judge, features = load_judge(args, metric, run, load_own_clip, device)
+    store = prepare_store(args.val_img_path, args.val_annot_path, args.store_dir, split="val",
+                          clip=load_own_clip, fingerprint=clip["fingerprint"],
+                          max_images=args.num_images or (200 if run.unet_number else 1000))
+    if len(store) < MIN_IMAGES:
+        raise UserError(f"--val_annot_path: {MIN_IMAGES} pictures are needed, not {len(store)}")
+
+    # ---- scores that are not known yet
+    settings = {"metric": metric, "features": features, "pictures": len(store), "seed": args.seed,
+                "data": store.folder.name, "clip": clip["fingerprint"], "network": {
+                    name: value for name, value in run.header["config"].items() if name != "train"}}
+    path = run.folder / "choice.json"
+    known = json.loads(path.read_text())["known"] if path.is_file() else {}
+    for candidate in candidates:
+        candidate["key"] = make_key(settings, candidate)
+    missing = [candidate for candidate in candidates if candidate["key"] not in known]
+    if missing:
+        true, conditions = load_true_and_conditions(run, store)
+        true = call_in_batches(judge, args.batch_size, true)
+        network = run.build_network().to(device).eval()
+        seeds = torch.tensor([derive_seed(args.seed, row) for row in range(len(store))])
+
+    def draw_features(seeds, *conditions):
+        conditions = [part.to(device) for part in conditions]
+        return judge(draw(run, network, conditions, seeds.tolist()))
+
+    for candidate in missing:
+        network.load_state_dict(load_weights(run, candidate))
+        drawn = call_in_batches(draw_features, args.batch_size, seeds, *conditions)
+        scores = known[candidate["key"]] = compute_scores(metric, drawn, true)
+        save_json(path, {"known": known})
+        print(f"{describe(candidate)}: {metric} {scores[0]:.5f}", flush=True)
+
+    # ---- the choice
+    best = rank(candidates, known, metric)
+    report(run, candidates, best, settings, known)
+    if args.write:
+        write_chosen(run, best, metric)
+
+
+# ----------------------------------------------------------------------------------------------
+# drawing and scoring
+
+
+def load_judge(args, metric, run, load_own_clip, device):
+    """(function of image (B, 3, H, W) in [0, 1] that gives features (B, F), which ones in words).
+    What a prior draws are features already."""
+    own = f"CLIP {run.header['clip']['fingerprint']}"
+    if not run.unet_number:
+        return lambda image_embed: image_embed, f"{own}, the prior's own"
+    if metric == "kid":
+        inception = metrics.load_inception(args.inception_weights, device)
+        return lambda image: inception(to_uint8(image)), "Inception-v3"
+    if not args.judge_clip_pretrained:
+        return load_own_clip().embed_image, f"{own}, which conditions the decoder too"
+    try:
+        clip = load_clip(args.judge_clip_model or run.header["clip"]["clip_model"],
+                         args.judge_clip_pretrained, device)
+    except UserError as error:
+        raise UserError(str(error).replace("--clip_", "--judge_clip_", 1)) from error
+    return clip.embed_image, f"CLIP {compute_fingerprint(clip)}"
+
+
+def call_in_batches(function, batch_size, *tensors):
+    """`function` of tensors (N, ...), batch_size rows at a time, on the CPU."""
+    return torch.cat([function(*parts).cpu()
+                      for parts in zip(*(tensor.split(batch_size) for tensor in tensors))])
+
+
+def compare_apart(compute_distance, drawn, true):
+    """Distance of what was drawn to the photos, mean of two halves' drawings to the other half's
+    photos: next to its own photo a drawing would look better than it is."""
+    end = len(true) // 2 * 2
+    return (compute_distance(drawn[0:end:2], true[1:end:2])
+            + compute_distance(drawn[1:end:2], true[0:end:2])) / 2
+
+
+def compute_kid(drawn, true):
+    """KID of all pictures at once, not of draws (Binkowski et al. 2018, arXiv 1801.01401)."""
+    from torchmetrics.image.kid import poly_mmd
+    return poly_mmd(true, drawn).item()
+
+
+METRICS = {  # of features drawn (N, F) and true (N, F), in the same order
+    "cosine": lambda drawn, true: (drawn * true).sum(-1).mean().item(),
+    "cmmd": partial(compare_apart, lambda drawn, true: metrics.compute_cmmd(drawn, true)[0]),
+    "kid": partial(compare_apart, compute_kid)}
+
+
+def make_key(settings, candidate):
+    """Names a score: all that it depends on, files by their time of change."""
+    files = [(path.name, path.stat().st_mtime_ns) for path in candidate["sources"]]
+    told = json.dumps([settings, describe(candidate), files])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def compute_scores(metric, drawn, true):
+    """[score, and the scores without each of NUM_GROUPS groups of photos]."""
+    group = torch.arange(len(true)) // 2 % NUM_GROUPS  # pairs, so that halves stay halves
+    return [METRICS[metric](drawn[kept], true[kept])
+            for kept in (group >= 0, *(group != number for number in group.unique()))]
+
+
+def compute_error(left_out):
+    """Standard error of a score from the scores without each group: the jackknife."""
+    left_out = torch.tensor(left_out, dtype=torch.float64)
+    return ((len(left_out) - 1) * left_out.var(correction=0)).sqrt().item()
+
+
+def rank(candidates, known, metric):
+    """The best one. Gives all "score" and "error", and how far they lie behind: "gap", 0 or more,
+    and "gap_error", smaller than the scores' own, as all draw for the same photos and seeds."""
+    is_higher_better = metric == "cosine"
+    best = (max if is_higher_better else min)(candidates, key=lambda row: known[row["key"]][0])
+    for row in candidates:
+        score, *left_out = known[row["key"]]
+        gap, *gaps = [b - a if is_higher_better else a - b
+                      for a, b in zip(known[row["key"]], known[best["key"]])]
+        row |= {"score": score, "error": compute_error(left_out), "gap": gap,
+                "gap_error": compute_error(gaps)}
+    return best
+
+
+# ----------------------------------------------------------------------------------------------
+# results
+
+
+def report(run, candidates, best, settings, known):
+    """Prints the table; writes choice.json and choice.png."""
+    metric = settings["metric"]
+    print(f"\n{metric} of {settings['pictures']} pictures, {settings['features']}\n\n"
+          f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    for row in candidates:
+        cells = ("–" if row[name] is None else COLUMNS[name].format(row[name]) for name in COLUMNS)
+        print(f"| {' | '.join((row['export'] or '', *cells))} |")
+    close = [describe(row) for row in candidates
+             if row is not best and row["gap"] <= row["gap_error"]]
+    print("\ngap: behind the best, with its own standard error; mismatch: what the snapshots miss "
+          f"of the wanted average\nbest: {describe(best)}; of {len(candidates) - 1} others "
+          f"{len(close)} lie within one standard error of it"
+          f"{': ' * bool(close)}{'; '.join(close)}")
+    rows = [{name: row[name] for name in ("export", *COLUMNS)} for row in candidates]
+    save_json(run.folder / "choice.json", {
+        "settings": settings, "best": rows[candidates.index(best)], "close": close,
+        "candidates": rows, "known": known})
+    save_plot(run.folder / "choice.png", candidates, best, metric)
+
+
+def save_json(path, value):
+    replace_file(path, lambda part: part.write_text(json.dumps(value, indent=1)))
+
+
+def save_plot(path, candidates, best, metric):
+    """Score over the length of the average, a line a step; exports as level lines."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    averages = [row for row in candidates if not row["export"]]
+    for step in dict.fromkeys(row["step"] for row in averages):
+        axes.errorbar(*zip(*((row["sigma_rel"], row["score"], row["error"])
+                             for row in averages if row["step"] == step)),
+                      label=f"step {step}", marker="o", elinewidth=0.5)
+    for number, row in enumerate(row for row in candidates if row["export"]):
+        axes.axhline(row["score"], color="gray", linestyle=(":", "--")[number], label=describe(row))
+    if not best["export"]:
+        axes.plot(best["sigma_rel"], best["score"], "o", markersize=14, fillstyle="none",
+                  color="black", linestyle="", label="best")
+    axes.set_title("bars: standard error")
+    axes.set_xlabel("sigma_rel (length of the average, as a share of training)")
+    axes.set_ylabel(f"{metric} ({'higher' if metric == 'cosine' else 'lower'} is better)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=80))
+
+
+if __name__ == "__main__":
+    cli.run(main)
