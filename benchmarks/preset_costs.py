@@ -7,21 +7,17 @@ Adam moments and the average (20 bytes a parameter), and what autograd keeps for
 counted by its hooks, for the whole batch on a single device; and the rows whose activations, in
 bf16, fit beside the weights into a card of 24 and of 80 GB.
 
-    python benchmarks/preset_costs.py
+    python -m benchmarks.preset_costs
 """
 
 import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.models import build_prior, build_unet  # noqa: E402
+from dalle2.config import PRESETS
+from dalle2.models import build_prior, build_unet
 
 EMBED_DIM = {"toy": 128}  # of the CLIP that goes with the preset; ViT-L/14 has 768
 SAMPLES = 2  # traced at a time

@@ -7,14 +7,13 @@ A step takes the longest of what its parts take, which overlap:
   all-reduce  2 (G - 1) / G x 4 bytes a parameter / link rate of a GPU
   dispatch    kernels of a part x parts x what PyTorch takes to launch one; parts: as few as let
               their activations fit into the memory of a GPU
-    python benchmarks/scaling.py --preset base --gigabytes 80
+    python -m benchmarks.scaling --preset base --gigabytes 80
 """
 
 import argparse
 import math
 
-from preset_costs import count_fitting_rows, list_networks
-
+from benchmarks.preset_costs import count_fitting_rows, list_networks
 from dalle2.config import PRESETS
 
 MATRIX_RATE = 790e12     # bf16 FLOP/s of one H200, as measured by others
