@@ -126,7 +126,7 @@ def test_lost_bytes_and_headers_that_are_no_json(exports, kind, tmp_path):
 @pytest.mark.parametrize("kind, place, value, told", [
     ("prior", ("kind",), None, "kind None is unknown"),
     ("prior", ("config", "depth"), 10 ** 9, "depth: 1000000000 must be at most 1000"),
-    ("prior", ("config", "cond_scale"), float("nan"), "cond_scale: nan must be positive"),
+    ("prior", ("config", "cond_scale"), float("nan"), "cond_scale: nan must be at least 0"),
     ("prior", ("embed_dim",), 2 ** 30, "is damaged"),
     ("prior", ("clip", "fingerprint"), 5, "clip.fingerprint in its header cannot be 5"),
     ("decoder", ("stages",), [], "none of its 0 stages"),

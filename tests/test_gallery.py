@@ -40,7 +40,8 @@ def test_a_folder_shows_the_pictures_of_all_calls_newest_first(run_script, clip_
         code, told, error = run_script("test_dalle2.py", *flags, "--output_dir", out, *more)
         assert code == 0, error
         manifest = json.loads((out / "manifest.json").read_text())
-        assert Image.open(out / "grid.jpg").width == 130 * len(manifest["images"]) + 2
+        with Image.open(out / "grid.jpg") as grid:
+            assert grid.width == 130 * len(manifest["images"]) + 2
         assert (out / "index.html").read_text().count("<figure ") == len(manifest["images"])
         return told, manifest["settings"]["cond_scale"], {
             entry["caption"]: entry.get("settings", {}).get("cond_scale")
