@@ -77,6 +77,9 @@ def add_data_flags(parser):
                       default=f"{DATA_DIR}/annotations/captions_val2014.json")
     data.add_argument("--num_val_images", type=at_least(1), default=512,
                       help="pictures to validate on, the first ones of the file")
+    data.add_argument("--num_views", type=at_least(1), default=1,
+                      help="pictures to make of each training photo, each with an embedding of its "
+                      "own: the middle, and random squares, mirrored half of the time")
     data.add_argument("--store_dir", default=STORE_DIR,
                       help="where pictures and embeddings are kept, prepared once")
 
@@ -213,12 +216,13 @@ def open_stores(args, clip=None, **options):
     prepare_store."""
     from dalle2.prepare import prepare_store
     stores = [None, None]
-    for number, (split, max_images) in enumerate((("train", None), ("val", args.num_val_images))):
+    train, val = {"num_views": args.num_views}, {"max_images": args.num_val_images}
+    for number, (split, own) in enumerate((("train", train), ("val", val))):
         annot, images = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
         if split == "train" or annot:
             with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
-                stores[number] = prepare_store(images, annot, args.store_dir, clip=clip,
-                                               max_images=max_images, **options)
+                stores[number] = prepare_store(images, annot, args.store_dir, clip=clip, **own,
+                                               **options)
     return stores
 
 

@@ -66,17 +66,22 @@ def load_captions(annot_path, img_path, max_images=None):
 
 
 class Store:
-    """A prepared data set of N pictures and M captions, memory-mapped.
+    """A prepared data set of P photos, `num_views` pictures of each (N = P num_views in all), and M
+    captions, memory-mapped.
 
-    images (N, 3, 256, 256) uint8; image_ids, file_names, captions: lists of N; caption_start
-    (N + 1,): captions of picture i are rows caption_start[i] to caption_start[i + 1] of text_tokens
-    (M, L) and text_embed (M, D). image_embed (N, D). text_encodings (tokens, D): caption j is rows
-    token_start[j] to token_start[j + 1]. Embeddings are there if `embed_folder` is.
+    images (N, 3, 256, 256) uint8, those of photo i from i num_views on; image_ids, file_names,
+    captions: lists of P; caption_start (P + 1,): captions of photo i are rows caption_start[i] to
+    caption_start[i + 1] of text_tokens (M, L) and text_embed (M, D). image_embed (N, D).
+    text_encodings (tokens, D): caption j is rows token_start[j] to token_start[j + 1]. Embeddings
+    are there if `embed_folder` is.
     """
+
+    num_views = 1
 
     def __init__(self, folder, embed_folder=None):
         self.folder = Path(folder)
         self.source = read_source(self.folder / "images")
+        self.num_views = self.source.get("num_views", 1)
         rows = json.loads((self.folder / "images" / "images.json").read_text())
         self.image_ids, self.file_names, self.captions = map(list, zip(*rows))
         self.image_format = find_image_format(self.folder / "images")
@@ -92,11 +97,12 @@ class Store:
                 setattr(self, name, np.load(embed_folder / f"{name}.npy", mmap_mode="r"))
 
     def __len__(self):
-        return len(self.image_ids)
+        return len(self.image_ids) * self.num_views
 
     def draw_captions(self, indexes, u):
         """One caption of each picture, chosen by u (B,) in [0, 1): (B,) rows of the text arrays."""
-        start, end = self.caption_start[indexes], self.caption_start[np.asarray(indexes) + 1]
+        photos = np.asarray(indexes) // self.num_views
+        start, end = self.caption_start[photos], self.caption_start[photos + 1]
         return start + np.minimum((u.numpy() * (end - start)).astype(np.int64), end - start - 1)
 
     def load_text_encodings(self, rows, max_text_len):
@@ -121,8 +127,8 @@ class Store:
             value, index = (text_embed @ part.to(text_embed).T).max(1)
             rows = torch.where(value > best, index + start, rows)
             best = torch.maximum(best, value)
-        pictures = np.searchsorted(self.caption_start, rows.cpu().numpy(), side="right") - 1
-        return torch.from_numpy(self.image_embed[pictures]).to(text_embed)
+        photos = np.searchsorted(self.caption_start, rows.cpu().numpy(), side="right") - 1
+        return torch.from_numpy(self.image_embed[photos * self.num_views]).to(text_embed)
 
     def load_small_images(self, size):
         """All pictures at `size` pixels, (N, 3, size, size) uint8, antialiased, memory-mapped;

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
 STORE_IMAGE_SIZE = 256    # side of the pictures that are kept
+MIN_VIEW_SIDE = 0.75      # of the short side: the smallest random square of a photo
 MAX_PIXELS = 100_000_000  # of a photo; a larger one is taken for a decompression bomb
 JPEG_QUALITY = 95
 MAX_NAME_BYTES = 120
@@ -23,20 +25,24 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own, smaller limit, which warns
 
 
 def load_image(path, size=STORE_IMAGE_SIZE):
-    """A picture file as uint8 (3, size, size): turned as its EXIF says, RGB, short side resized to
-    `size` with an antialiased filter, centre crop. Raises OSError or ValueError where it cannot."""
+    """A picture file as uint8 (3, size, size): short side resized to `size` with an antialiased
+    filter, centre crop. Raises what `read_pixels` raises."""
+    return resize_and_crop(read_pixels(path), size)
+
+
+def read_pixels(path):
+    """A picture file as uint8 (3, H, W): turned as its EXIF says, RGB. Raises OSError or ValueError
+    where it cannot be read."""
     try:
         with Image.open(path) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
             if image.format == "JPEG" and image.mode in ("RGB", "L"):  # torchvision: 2 to 5 times
-                pixels = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-            else:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                return decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except (RuntimeError, SyntaxError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    return resize_and_crop(pixels, size)
 
 
 def resize_and_crop(image, size):
@@ -65,6 +71,35 @@ def crop(image, corner, size):
     batch, channel = (torch.arange(n, device=image.device) for n in image.shape[:2])
     return image[batch[:, None, None, None], channel[:, None, None],
                  rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def cut_view(image, u, size):
+    """A random square of uint8 (3, H, W) -> (3, size, size), for u, four numbers in [0, 1): its
+    side, MIN_VIEW_SIDE to 1 of the short side; its place, two of them; mirrored below 0.5."""
+    height, width = image.shape[-2:]
+    side = round(min(height, width) * (MIN_VIEW_SIDE + (1 - MIN_VIEW_SIDE) * u[0]))
+    top, left = int(u[1] * (height - side + 1)), int(u[2] * (width - side + 1))
+    square = resize(image[:, top:top + side, left:left + side], size)
+    return square.flip(-1) if u[3] < 0.5 else square
+
+
+def augment(image, size, random, min_scale, color_jitter):
+    """image (B, 3, H, W) uint8 -> (B, 3, size, size) float in [0, 1]: of each a random square that
+    holds min_scale to 1 of its area, mirrored half of the time; brightness, contrast and saturation
+    multiplied by 1 - color_jitter to 1 + color_jitter. random: BatchRandom."""
+    u = random.rand(7)                                                      # (B, 7)
+    side = (min_scale + (1 - min_scale) * u[:, 0]).sqrt()
+    theta = torch.zeros(len(u), 2, 3, device=image.device)
+    theta[:, 0, 0], theta[:, 1, 1] = side * torch.where(u[:, 1] < 0.5, -1, 1), side
+    theta[:, :, 2] = (1 - side)[:, None] * (2 * u[:, 2:4] - 1)
+    grid = F.affine_grid(theta, (len(u), 3, size, size), align_corners=False)
+    image = F.grid_sample(image.float() / 255, grid, align_corners=False)
+    brightness, contrast, saturation = (1 + color_jitter * (2 * u[:, 4:] - 1)).T[..., None, None, None]
+    image = image * brightness
+    mean = image.mean((1, 2, 3), keepdim=True)
+    image = mean + (image - mean) * contrast
+    gray = image.mean(1, keepdim=True)
+    return (gray + (image - gray) * saturation).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
         checkpoint_during_training=config.gradient_checkpointing,
         init_cross_embed=kernel == 0, init_conv_kernel_size=kernel or 7,
         cond_on_image_embeds=is_first, lowres_cond=not is_first, lowres_noise_cond=not is_first)
-    init_unet(unet, is_first, image_embed_dim)
+    init_unet(unet, config, is_first, image_embed_dim)
     unet.null_text_embed.requires_grad_(False)  # captions reach the decoder by the embedding alone
     if not is_first:
         unet.null_image_embed.requires_grad_(False)
@@ -75,13 +75,14 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
 
 
 @torch.no_grad()
-def init_unet(unet, is_first, image_embed_dim):
-    """Two departures from the library's random start; the networks and their names are the same.
+def init_unet(unet, config, is_first, image_embed_dim):
+    """Departures from the library's random start; the networks and their names are the same.
 
     Its pixel shuffles begin with the same weights for all four pixels, so that the picture that
     grows from the coarsest layers begins without any notion of place: they begin independent here.
     The image embedding has unit norm: the layers that read it begin as if each of its numbers had
-    unit variance.
+    unit variance. A later stage that predicts x_start begins with the enlarged picture, which its
+    last layer is given beside the features, as its answer, and learns what to change.
     """
     for module in unet.modules():
         if isinstance(module, library.PixelShuffleUpsample):
@@ -90,6 +91,10 @@ def init_unet(unet, is_first, image_embed_dim):
         for layer in (unet.to_image_hiddens, unet.image_to_tokens):
             if not isinstance(layer, torch.nn.Identity):
                 layer[0].weight.mul_(image_embed_dim ** 0.5)
+    elif config.objective == "x_start":
+        weight = unet.to_out.weight  # (3, C + 3, K, K), zero
+        middle = weight.shape[-1] // 2
+        weight[:, -3:, middle, middle] = torch.eye(3)
 
 
 def list_blocks(network):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,18 +22,19 @@ from tqdm import tqdm
 from dalle2.data import Store, find_image_format, load_captions
 from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once
-from dalle2.images import STORE_IMAGE_SIZE, encode_jpeg, load_image
+from dalle2.images import STORE_IMAGE_SIZE, cut_view, encode_jpeg, read_pixels, resize_and_crop
 
 BYTES_A_PICTURE = {"uint8": 3 * STORE_IMAGE_SIZE ** 2, "jpeg": 36_000}  # the latter: COCO's mean
 IMAGES_A_STEP, CAPTIONS_A_STEP, BATCH_SIZE = 256, 4096, 256
 
 
-def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None,
+def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None, num_views=1,
                   image_format=None, strict=False, num_workers=None, progress=True):
     """The Store of a picture folder and its captions file, made if it does not exist.
 
     clip: the FrozenClip to embed with; None leaves the embeddings out. max_images: how many of
     the pictures, the first ones; None: all.
+    num_views: pictures that are made of each photo, the middle and random squares of it.
     image_format: "uint8", or "jpeg" for a small disk; None: the format it has, or uint8.
     strict: a picture that cannot be read is a UserError instead of being left out.
     """
@@ -40,19 +42,20 @@ def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None
     name = os.path.basename(os.path.normpath(img_path))
     source = {"img_path": os.path.abspath(img_path), "max_images": max_images,
               "annotations": hashlib.sha256(Path(annot_path).read_bytes()).hexdigest(),
-              "image_size": STORE_IMAGE_SIZE}
+              "image_size": STORE_IMAGE_SIZE} | ({"num_views": num_views} if num_views > 1 else {})
     key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     folder = Path(store_dir) / f"{name}-{key}"
     num_workers = num_workers or len(os.sched_getaffinity(0))
     build_once(folder / "images", source, lambda part: prepare_images(
-        records, part, num_workers=num_workers, image_format=image_format, strict=strict,
-        progress=progress))
+        records, part, num_views=num_views, num_workers=num_workers, image_format=image_format,
+        strict=strict, progress=progress))
     store = Store(folder)
     if image_format not in (None, store.image_format):
         raise UserError(f"{folder} holds {store.image_format} already; delete it "
                         "or choose another --store_dir", "image_format")
-    if strict and len(store) < len(records):
-        raise UserError(f"{folder} was made with {len(records) - len(store)} of "
+    num_photos = len(store) // num_views
+    if strict and num_photos < len(records):
+        raise UserError(f"{folder} was made with {len(records) - num_photos} of "
                         f"{len(records)} pictures left out; delete it and mend them", "strict")
     if clip is None:
         return store
@@ -66,19 +69,22 @@ def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None
 # pictures
 
 
-def prepare_images(records, folder, *, num_workers, image_format=None, strict=False, progress=True):
-    """Decodes `records` into `<folder>/images.<image_format>`, one picture after the other, with
-    `images.json` (ids, file names, captions) and `image_start.npy` (offsets in bytes) beside it. A
-    picture that cannot be read is left out with a line."""
+def prepare_images(records, folder, *, num_workers, num_views=1, image_format=None, strict=False,
+                   progress=True):
+    """Decodes `records` into `<folder>/images.<image_format>`, the views of one photo after those
+    of the other, with `images.json` (ids, file names, captions of the photos) and `image_start.npy`
+    (offsets of the views in bytes) beside it. A photo that cannot be read is left out with a line.
+    """
     image_format = find_image_format(folder) or image_format or "uint8"
     name = f"images.{image_format}"
     files = GrowingFiles(folder, [name])
-    outcomes = [entry for note in files.notes for entry in note]  # sizes, or what is wrong
-    announce(folder, f"{len(records)} pictures", (len(records) - len(outcomes))
-             * BYTES_A_PICTURE[image_format], progress)
+    outcomes = [entry for note in files.notes for entry in note]  # views' sizes, or what is wrong
+    views = f" in {num_views} views each" if num_views > 1 else ""
+    announce(folder, f"{len(records)} pictures{views}", (len(records) - len(outcomes))
+             * num_views * BYTES_A_PICTURE[image_format], progress)
     chunks = [records[i:i + IMAGES_A_STEP]
               for i in range(len(outcomes), len(records), IMAGES_A_STEP)]
-    read = partial(_read_picture, image_format=image_format)
+    read = partial(_read_picture, image_format=image_format, num_views=num_views)
     with ThreadPoolExecutor(num_workers) as pool, _one_thread(), \
             _show(len(records), len(outcomes), "decoding", " pictures", progress) as bar:
         ahead = pool.map(read, chunks[0]) if chunks else None
@@ -86,17 +92,17 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
             results = ahead
             ahead = pool.map(read, chunks[number]) if number < len(chunks) else None
             blocks, note = [], []
-            for record, (block, reason) in zip(chunk, results):
+            for record, (views, reason) in zip(chunk, results):
                 if reason and strict:
                     raise UserError(f"{record.path}: {reason}", "strict")
                 if reason:
                     tqdm.write(f"warning: {record.path} is left out ({reason})")
-                blocks.append(block)
-                note.append(reason or len(block))
+                blocks += views
+                note.append(reason or [len(view) for view in views])
                 bar.update()
             files.append({name: b"".join(blocks)}, note)
             outcomes += note
-    kept = [(record, size) for record, size in zip(records, outcomes) if isinstance(size, int)]
+    kept = [(record, sizes) for record, sizes in zip(records, outcomes) if isinstance(sizes, list)]
     if not kept:
         raise UserError(f"none of {len(records)} pictures could be read, such as "
                         f"{records[0].path} ({outcomes[0]})")
@@ -104,20 +110,25 @@ def prepare_images(records, folder, *, num_workers, image_format=None, strict=Fa
         tqdm.write(f"warning: {len(records) - len(kept)} of {len(records)} pictures are left out")
     (folder / "images.json").write_text(json.dumps(
         [[r.image_id, os.path.basename(r.path), r.captions] for r, _ in kept]))
-    np.save(folder / "image_start.npy", np.cumsum([0, *(size for _, size in kept)]))
+    np.save(folder / "image_start.npy", np.cumsum([0, *(n for _, sizes in kept for n in sizes)]))
 
 
-def _read_picture(record, image_format):
-    """(bytes of a picture as the store keeps it, "") or (b"", what is wrong with the file)."""
+def _read_picture(record, image_format, num_views):
+    """(bytes of each view as the store keeps it, "") or ([], what is wrong with the file)."""
     try:
-        image = load_image(record.path)
+        pixels = read_pixels(record.path)
     except FileNotFoundError:
-        return b"", "no such file"
+        return [], "no such file"
     except UnidentifiedImageError:
-        return b"", "not a picture" if os.path.getsize(record.path) else "an empty file"
+        return [], "not a picture" if os.path.getsize(record.path) else "an empty file"
     except (OSError, ValueError) as error:
-        return b"", str(error)
-    return encode_jpeg(image) if image_format == "jpeg" else image.numpy().tobytes(), ""
+        return [], str(error)
+    chance = random.Random(os.path.basename(record.path))  # the same views whenever it is prepared
+    views = [resize_and_crop(pixels, STORE_IMAGE_SIZE)]
+    for _ in range(num_views - 1):
+        views.append(cut_view(pixels, [chance.random() for _ in range(4)], STORE_IMAGE_SIZE))
+    return [encode_jpeg(view) if image_format == "jpeg" else view.numpy().tobytes()
+            for view in views], ""
 
 
 # ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dalle2.data import draw_indexes, load_pictures, read_crops
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
-from dalle2.images import arrange, crop, resize
+from dalle2.images import arrange, augment, crop, resize
 from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
@@ -105,7 +105,10 @@ class ClipTask(Task):
         self.tokenizer = build_tokenizer(config.context_length)
         self.clip_loss = ClipLoss(accelerator.process_index, accelerator.num_processes)
         stores = [store for store in (self.train_store, self.val_store) if store]
-        self.pictures = {store: store.load_small_images(config.image_size) for store in stores}
+        self.augments = config.min_crop_scale < 1 or config.color_jitter > 0
+        # a little larger than the network sees them, so that squares of them are sharp
+        size = round(config.image_size * config.min_crop_scale ** -0.25)
+        self.pictures = {store: store.load_small_images(size) for store in stores}
         self.text_tokens = {store: self.tokenizer([caption for group in store.captions
                                                    for caption in group]) for store in stores}
 
@@ -115,7 +118,10 @@ class ClipTask(Task):
 
     def loss(self, module, batch, random):
         """Contrastive loss, a scalar. batch: image (B, 3, H, W) uint8, text_tokens (B, L)."""
-        image = preprocess_image(batch["image"], self.config.image_size)
+        c, image = self.config, batch["image"]
+        if self.augments:
+            image = augment(image, c.image_size, random, c.min_crop_scale, c.color_jitter)
+        image = preprocess_image(image, c.image_size)
         return self.clip_loss(*module(image, batch["text_tokens"]))
 
     @torch.no_grad()
