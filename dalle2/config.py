@@ -129,6 +129,8 @@ class UnetConfig:
     image_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the embeddings "
                                           "dropped in training, so that guidance works (first "
                                           "stage)")
+    image_embed_noise: float = setting(0.0, least=0, help="norm of the noise added to the image "
+                                       "embedding in training, whose own norm is 1 (first stage)")
     gradient_checkpointing: bool = setting(False, help="compute blocks again in the backward pass: "
                                            "less memory, about a third more time")
     crop_size: int = setting(0, least=0, help="side of the training crops (later stages); 0: the "
@@ -195,26 +197,26 @@ PRESETS = {
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
                        sample_timesteps=2,
                        train=replace(_TOY_TRAIN, num_steps=200, batch_size=16, lr=2e-3))))),
-    # two CPU cores, hours: 32 -> 256 px on some thousand photographs
+    # two CPU cores, hours: 64 -> 256 px on some thousand photographs
     "photo": Preset(
         clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=0.0,
                      min_crop_scale=0.4, color_jitter=0.3,
                      train=replace(_TOY_CLIP.train, num_steps=1000, weight_decay=0.1,
                                    ema_decay=0.99, save_every=100, validate_every=100)),
         prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26,
-                          train=replace(_TOY_TRAIN, num_steps=2000, batch_size=128,
-                                        weight_decay=0.05)),
+                          train=replace(_TOY_TRAIN, num_steps=1500, batch_size=128,
+                                        weight_decay=0.05, save_every=250, validate_every=250)),
         decoder=DecoderConfig(unets=(
-            UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
+            UnetConfig(image_size=64, dim=16, dim_mults=(2, 3, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
-                       cond_dim=64, num_image_tokens=8, objective="v", cond_scale=2.0,
-                       train=replace(_TOY_TRAIN, num_steps=10_000, batch_size=32, lr=2e-3,
+                       cond_dim=64, num_image_tokens=8, min_snr_gamma=0.0, cond_scale=2.0,
+                       train=replace(_TOY_TRAIN, num_steps=9000, batch_size=32, lr=2e-3,
                                      muon_lr=0.015, ema_decay=0.999)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
-                       train=replace(_TOY_TRAIN, num_steps=2000, batch_size=16, lr=2e-3,
+                       train=replace(_TOY_TRAIN, num_steps=3000, batch_size=16, lr=2e-3,
                                      ema_decay=0.999))))),
     # one GPU of 12 GB
     "small": Preset(

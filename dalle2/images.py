@@ -94,7 +94,8 @@ def augment(image, size, random, min_scale, color_jitter):
     theta[:, :, 2] = (1 - side)[:, None] * (2 * u[:, 2:4] - 1)
     grid = F.affine_grid(theta, (len(u), 3, size, size), align_corners=False)
     image = F.grid_sample(image.float() / 255, grid, align_corners=False)
-    brightness, contrast, saturation = (1 + color_jitter * (2 * u[:, 4:] - 1)).T[..., None, None, None]
+    factors = 1 + color_jitter * (2 * u[:, 4:, None, None, None] - 1)       # (B, 3, 1, 1, 1)
+    brightness, contrast, saturation = factors.unbind(1)
     image = image * brightness
     mean = image.mean((1, 2, 3), keepdim=True)
     image = mean + (image - mean) * contrast

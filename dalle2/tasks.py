@@ -81,6 +81,10 @@ class Task:
         return ({name: value.to(device) for name, value in batch.items()},
                 BatchRandom("validate", rows.start, device=device, **key))
 
+    def score(self, metrics):
+        """What the weights that are used are chosen by, of what `validate` gave: the lowest."""
+        return metrics["val_loss"]
+
     @torch.no_grad()
     def validate(self, module, brief):
         """{name: number} with "val_loss"; brief: only the losses."""
@@ -140,6 +144,10 @@ class ClipTask(Task):
             return row
         matching = F.cosine_similarity(image_embed, text_embed).mean().item()
         return row | {"val_cosine": matching, **compute_recall(text_embed, image_embed, (1, 5, 10))}
+
+    def score(self, metrics):
+        """Retrieval, since the loss rises with the learned temperature while retrieval improves."""
+        return -metrics["recall@10"]
 
     def write_export(self, state, step, suffix):
         save_export(Path(self.output_dir) / f"clip{suffix}.safetensors", "clip",
@@ -309,7 +317,12 @@ class UnetTask(Task):
             condition = dict(lowres_cond_img=lowres, lowres_noise_level=level)
         else:
             drop = (random.rand() < self.config.image_cond_drop_prob).float()   # (B,)
-            condition = dict(image_embed=batch["image_embed"].float(), image_cond_drop_prob=drop)
+            image_embed = batch["image_embed"].float()                          # (B, D)
+            if self.config.image_embed_noise:
+                size = self.config.image_embed_noise / image_embed.shape[1] ** 0.5
+                image_embed = F.normalize(
+                    image_embed + size * random.randn(image_embed.shape[1]), dim=-1)
+            condition = dict(image_embed=image_embed, image_cond_drop_prob=drop)
         return self.diffusion.loss(lambda x_t, t: module(x_t, t, **condition), x_start, t, noise)
 
     # ---- sample pictures, where the stages before this one are trained

@@ -58,7 +58,7 @@ def train(
         state = TrainState(module, c, accelerator, list_blocks, task.can_split)
 
         # ---- resume: the first process reads, so that the others need no run folder
-        start, best = 0, {"step": 0, "val_loss": math.inf}
+        start, best = 0, {"step": 0, "score": math.inf}
         saved = broadcast_state(folder.load_checkpoint(), accelerator)
         if saved is not None:
             check_same_run(saved["header"], header, run_dir)
@@ -105,9 +105,10 @@ def train(
             is_best = False
             if validates:
                 metrics[-1].update(run_validation(task, state.module, state.average))
-                is_best = metrics[-1]["val_loss"] < best["val_loss"]
+                score = task.score(metrics[-1])
+                is_best = score < best["score"]
                 if is_best:
-                    best = {"step": done, "val_loss": metrics[-1]["val_loss"]}
+                    best = {"step": done, "score": score}
             folder.write_metrics(metrics)
             progress.set_postfix({name: f"{metrics[-1][name]:.4f}" for name in SHOWN
                                   if name in metrics[-1]})

@@ -24,14 +24,15 @@ from dalle2.errors import UserError
 from dalle2.models import build_prior, build_unet
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
-from dalle2.tasks import PriorTask, UnetTask
+from dalle2.tasks import ClipTask, PriorTask, UnetTask
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
              warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
              max_grad_norm=0.01, ema_decay=0.2, device_batch_size=1, seed=1, save_every=3,
              save_minutes=1e-9, validate_every=3, snapshot_every=4)
 CLIP = dict(embed_dim=64, image_size=64, vision_width=24, vision_layers=(2, 1, 1, 1),
-            text_layers=3, text_heads=2, context_length=20, logit_scale=5.0)
+            text_layers=3, text_heads=2, context_length=20, logit_scale=5.0, min_crop_scale=0.5,
+            color_jitter=0.5)
 PRIOR = dict(depth=2, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
              timesteps=500, beta_schedule="linear", text_cond_drop_prob=0.9, sample_timesteps=3,
              num_candidates=9, cond_scale=2.0)
@@ -39,7 +40,7 @@ UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
             self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
             memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,
             objective="v", timesteps=500, beta_schedule="cosine",
-            min_snr_gamma=5.0, image_cond_drop_prob=0.9, sample_timesteps=3, cond_scale=3.0)
+            min_snr_gamma=5.0, image_cond_drop_prob=0.9, image_embed_noise=0.5, sample_timesteps=3, cond_scale=3.0)
 UPSAMPLER = dict(crop_size=32, lowres_noise_max_level=10, lowres_noise_level=300)  # second stage
 
 
@@ -115,14 +116,15 @@ def test_plugins_of_accelerate_are_refused_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("field", CLIP)
-def test_clip(field, seen):
+def test_clip(field, seen, store):
     @torch.no_grad()
     def run(config):
         torch.manual_seed(0)
         model = build_clip(config).eval()
+        loss = compute_task_loss(ClipTask(config, Accelerator(cpu=True), store), model)
         image, text = torch.ones(2, 3, config.image_size, config.image_size), torch.arange(
             2 * config.context_length).view(2, -1)
-        return {**model.state_dict(), "image": model.encode_image(image),
+        return {**model.state_dict(), "loss": loss, "image": model.encode_image(image),
                 "text": model.encode_text(text)}
     assert_changes(seen, "clip", run, TOY.clip, replace(TOY.clip, **{field: CLIP[field]}))
 

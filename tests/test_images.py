@@ -3,7 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle2.images import make_file_stem, make_unique_stems, save_image, save_jpeg, to_uint8
+from dalle2.images import (
+    augment,
+    cut_view,
+    make_file_stem,
+    make_unique_stems,
+    save_image,
+    save_jpeg,
+    to_uint8,
+)
+from dalle2.rng import BatchRandom
 
 
 def test_bytes_are_clamped_and_do_not_wrap_around():
@@ -45,3 +54,30 @@ def test_stripes_of_one_pixel_keep_their_colors(tmp_path):
         save_image(stripes, tmp_path / name)
         saved = torch.from_numpy(np.array(Image.open(tmp_path / name))).permute(2, 0, 1)
         assert (saved.int() - stripes.int()).abs().max() <= error
+
+
+# ----------------------------------------------------------------------------------------------
+# random squares
+
+
+def test_a_view_lies_within_its_photo_and_may_be_mirrored():
+    ramp = torch.arange(200, dtype=torch.uint8).expand(3, 100, 200)  # each column is its number
+    left, right = (cut_view(ramp, [1 - 1e-9, 0.5, place, 0.9], 100) for place in (0, 1 - 1e-9))
+    assert torch.equal(left, ramp[:, :, :100]) and torch.equal(right, ramp[:, :, 100:])
+    assert torch.equal(cut_view(ramp, [1 - 1e-9, 0.5, 0, 0.1], 100), left.flip(-1))
+    small = cut_view(ramp, [0, 0, 0, 0.9], 75)
+    assert torch.equal(small, ramp[:, :75, :75])
+
+
+def test_augmented_pictures_are_squares_of_the_picture_mirrored_half_of_the_time():
+    column = torch.arange(64).float() * 4
+    image = column.expand(500, 3, 64, 64).to(torch.uint8)
+    same = augment(image[:1], 64, BatchRandom(0, batch_size=1), 1.0, 0.0)
+    assert (same - image[:1] / 255).abs().max() < 1e-6 or \
+        (same.flip(-1) - image[:1] / 255).abs().max() < 1e-6
+    squares = augment(image, 64, BatchRandom(0, batch_size=500), 0.25, 0.0) * 255
+    slope = (squares[..., 40] - squares[..., 20]).mean((1, 2)) / 20 / 4  # share of the side
+    assert 0.4 < (slope < 0).float().mean() < 0.6
+    assert 0.49 < slope.abs().min() < 0.55 and 0.95 < slope.abs().max() < 1.01
+    bright = augment(image, 64, BatchRandom(0, batch_size=500), 0.25, 0.4) * 255
+    assert (bright - squares).abs().mean() > 5 and 0 <= bright.min() and bright.max() <= 255

@@ -38,6 +38,16 @@ def test_decoder_stages_are_those_that_the_stock_decoder_builds(preset):
         assert kept is ours
 
 
+def test_an_untrained_upsampler_answers_with_the_enlarged_picture():
+    config = TOY.decoder.unets[1]
+    lowres = torch.rand(2, 3, 64, 64) * 2 - 1
+    for changes, expected in (({}, lowres), ({"objective": "v"}, torch.zeros_like(lowres))):
+        unet = build_unet(replace(config, **changes), 2, D)
+        out = unet(torch.randn(2, 3, 64, 64), torch.tensor([999.0, 3.0]), lowres_cond_img=lowres,
+                   lowres_noise_level=torch.zeros(2))
+        assert torch.equal(out, expected)
+
+
 def run(network, *args, **kwargs):
     """[output, gradient of the first argument, of every parameter] of a weighted sum."""
     x = args[0].clone().requires_grad_()

@@ -89,6 +89,24 @@ def test_a_jpeg_store_shows_the_same_pictures_in_less_space(toy, tmp_path):
         prepare_store(*arguments, tmp_path / "small", image_format="uint8", progress=False)
 
 
+def test_each_photo_can_have_several_views_with_embeddings_of_their_own(toy, tmp_path, clip_path):
+    arguments, clip = (toy / "train", toy / "captions_train.json"), load_clip("", str(clip_path))
+    store = prepare_store(*arguments, tmp_path, clip=clip, num_views=3, progress=False)
+    plain = prepare_store(*arguments, tmp_path, clip=clip, progress=False)
+    assert len(store) == 192 and len(store.file_names) == 64
+    assert np.array_equal(store.images[::3], plain.images[:])  # the first view is the photo
+    assert np.array_equal(store.image_embed[::3], plain.image_embed)
+    assert all((store.images[i] != store.images[i + 1]).any() for i in range(191))
+    index = np.array([3 * 7 + 2])  # a view has the captions of its photo
+    assert store.draw_captions(index, torch.zeros(1)) == plain.draw_captions([7], torch.zeros(1))
+    assert torch.allclose(torch.from_numpy(store.image_embed[index]).float(),
+                          clip.embed_image(torch.from_numpy(store.images[21:24].copy()))[2:],
+                          atol=1e-3)
+    again = prepare_store(*arguments, tmp_path / "jpeg", num_views=3, image_format="jpeg",
+                          progress=False)
+    assert np.abs(again.images[[5, 191]].astype(float) - store.images[[5, 191]]).mean() < 2
+
+
 def test_a_full_disk_is_told_beforehand(tmp_path, monkeypatch):
     annot_path = write_coco(tmp_path, {"a.jpg": GOOD}, {"a.jpg": ["one"]})
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))

