@@ -76,6 +76,8 @@ class ClipConfig:
                                     "picture as it is")
     color_jitter: float = setting(0.0, least=0, most=1, help="most by which brightness, contrast "
                                   "and saturation are changed there")
+    word_dropout: float = setting(0.0, least=0, below=1, help="share of a caption's tokens that "
+                                  "are blanked in training")
     train: TrainConfig
 
 
@@ -199,10 +201,10 @@ PRESETS = {
                        train=replace(_TOY_TRAIN, num_steps=200, batch_size=16, lr=2e-3))))),
     # two CPU cores, hours: 64 -> 256 px on some thousand photographs
     "photo": Preset(
-        clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=0.0,
-                     min_crop_scale=0.4, color_jitter=0.3,
-                     train=replace(_TOY_CLIP.train, num_steps=1000, weight_decay=0.1,
-                                   ema_decay=0.99, save_every=100, validate_every=100)),
+        clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=14.0,
+                     min_crop_scale=0.3, color_jitter=0.4, word_dropout=0.2,
+                     train=replace(_TOY_CLIP.train, num_steps=700, weight_decay=0.2,
+                                   ema_decay=0.995, save_every=100, validate_every=100)),
         prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26,
                           train=replace(_TOY_TRAIN, num_steps=1500, batch_size=128,
                                         weight_decay=0.05, save_every=250, validate_every=250)),

@@ -122,11 +122,16 @@ class ClipTask(Task):
 
     def loss(self, module, batch, random):
         """Contrastive loss, a scalar. batch: image (B, 3, H, W) uint8, text_tokens (B, L)."""
-        c, image = self.config, batch["image"]
+        c, image, text_tokens = self.config, batch["image"], batch["text_tokens"]
         if self.augments:
             image = augment(image, c.image_size, random, c.min_crop_scale, c.color_jitter)
+        if c.word_dropout:
+            is_word = (text_tokens != self.tokenizer.sot_token_id) & (
+                text_tokens != self.tokenizer.eot_token_id)                     # (B, L)
+            drop = random.rand(text_tokens.shape[1]) < c.word_dropout
+            text_tokens = text_tokens.masked_fill(drop & is_word, 0)
         image = preprocess_image(image, c.image_size)
-        return self.clip_loss(*module(image, batch["text_tokens"]))
+        return self.clip_loss(*module(image, text_tokens))
 
     @torch.no_grad()
     def validate(self, module, brief):
