@@ -5,10 +5,10 @@ baseline that this project's recipe has to beat: the same network, photos, embed
         --clip_pretrained output/photos/clip/clip.safetensors --store_dir output/photos/store \\
         --train_img_path D --train_annot_path F --val_img_path D --val_annot_path F
 
-Its README: learning rate 3e-4, weight decay 1e-2, an average of decay .99 from step 1,000 on, taken
-every 10 steps; its defaults: noise predicted, learned variance, cosine schedule. Every --every steps
-a line of curve.jsonl: step, samples, seconds of training, and the x_start error of the average on
-held-out photos at ten half log-SNRs, as `benchmarks.photo_measures` has it.
+Its README: learning rate 3e-4, weight decay 1e-2, an average of decay .99 from step 1,000 on,
+taken every 10 steps; its defaults: noise predicted, learned variance, cosine schedule. Every
+--every steps a line of curve.jsonl: step, samples, seconds of training, and the x_start error of
+the average on held-out photos at ten half log-SNRs, as `benchmarks.photo_measures` has it.
 """
 
 import json
@@ -26,8 +26,8 @@ from benchmarks.photo_measures import LOG_SNRS, compute_x_start_error, summarize
 from dalle2 import cli
 from dalle2.config import PRESETS
 from dalle2.data import draw_indexes
-from dalle2.models import build_unet
 from dalle2.images import resize
+from dalle2.models import build_unet
 
 NUM_PHOTOS = 320
 

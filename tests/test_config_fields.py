@@ -40,7 +40,8 @@ UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
             self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
             memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,
             objective="v", timesteps=500, beta_schedule="cosine",
-            min_snr_gamma=5.0, image_cond_drop_prob=0.9, image_embed_noise=0.5, sample_timesteps=3, cond_scale=3.0)
+            min_snr_gamma=5.0, image_cond_drop_prob=0.9, image_embed_noise=0.5,
+            sample_timesteps=3, cond_scale=3.0)
 UPSAMPLER = dict(crop_size=32, lowres_noise_max_level=10, lowres_noise_level=300)  # second stage
 
 
