@@ -156,8 +156,9 @@ def _download_inception(file, timeout):
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(INCEPTION_URL, str(file), INCEPTION_SHA256)
     except (OSError, RuntimeError, HTTPException) as error:
-        raise UserError(f"the Inception-v3 could not be downloaded ({error}); get {INCEPTION_URL} "
-                        "in another way and name the file with --inception_weights") from error
+        raise UserError(f"the Inception-v3 could not be downloaded ({error}); download "
+                        f"{INCEPTION_URL} yourself and name the file with --inception_weights"
+                        ) from error
     finally:
         socket.setdefaulttimeout(before)
 
