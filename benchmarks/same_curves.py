@@ -139,11 +139,16 @@ def use_doubles():
 
     def build(network):
         network = swap(network).double()
+        called_in_fp32 = [network]
         for module in network.modules():
             if hasattr(module, "fp16_eps"):
                 module.fp16_eps = module.eps
-            if module is network or isinstance(module, library.SinusoidalPosEmb):
-                module.register_forward_pre_hook(widen_all, with_kwargs=True)
+            if isinstance(module, library.SinusoidalPosEmb):
+                called_in_fp32.append(module)
+            if isinstance(module, library.MLP):
+                called_in_fp32.append(module.net)
+        for module in called_in_fp32:
+            module.register_forward_pre_hook(widen_all, with_kwargs=True)
         network.register_forward_hook(lambda network, args, output: output.float())
         return network
     models.swap_modules = build
