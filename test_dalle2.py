@@ -26,16 +26,17 @@ def parse_args():
     add_checkpoint_flags(parser)
     add_caption_flags(parser)
     add_sample_flags(parser)
-    where = parser.add_argument_group("where")
-    where.add_argument("--output_dir", default="result", help="resumes what is in it; "
-                       "pictures of earlier calls stay in manifest, gallery and grid")
-    where.add_argument("--train_img_path", help="with --train_annot_path: the gallery shows the "
-                       "nearest training picture, to see what is memorised")
-    where.add_argument("--train_annot_path")
-    where.add_argument("--store_dir", default=cli.STORE_DIR, help="where it was prepared")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default="result", help="folder for the pictures; an "
+                        "interrupted call is resumed, pictures of earlier calls are kept")
+    output.add_argument("--train_img_path", help="picture folder of the training: the gallery then "
+                        "shows the nearest training picture, to see what was memorised")
+    output.add_argument("--train_annot_path", help="COCO captions file of the training")
+    output.add_argument("--store_dir", default=cli.STORE_DIR, help="prepared store of the "
+                        "training pictures")
     args = parser.parse_args()
     if bool(args.train_img_path) != bool(args.train_annot_path):
-        raise UserError("needed with --train_annot_path, and the other way round", "train_img_path")
+        raise UserError("give it together with --train_annot_path", "train_img_path")
     return args
 
 
@@ -43,7 +44,7 @@ def main():
     args = parse_args()
     join_processes()
     jobs = list_jobs(list_captions(args), args.seed, args.samples_per_prompt, args.output_dir)
-    read_manifest(args.output_dir)  # a damaged one is refused before anything is rendered
+    read_manifest(args.output_dir)  # raises, before anything is rendered, if it is damaged
     pipeline = load_pipeline(args, cli.pick_device(), cli.resolve_precision(args.mixed_precision))
     options = read_options(args, pipeline)
     settings = pipeline.describe_settings(options) | {

@@ -1,4 +1,4 @@
-"""Trains a small CLIP from zero, for work without downloaded weights. Radford et al. 2021."""
+"""Trains a small CLIP from scratch, if no weights can be downloaded. Radford et al. 2021."""
 
 import torch
 from torch import nn

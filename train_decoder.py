@@ -14,9 +14,9 @@ from dalle2.train_loop import train
 def parse_args():
     parser = cli.Parser(__doc__)
     parser.add_argument("--unet_number", type=cli.at_least(0), default=0,
-                        help="train this stage alone, 1 is the first; 0: every stage in turn")
-    parser.add_argument("--prior_ckpt", help="what train_prior.py exported: the sample pictures "
-                        "then show its embeddings as well")
+                        help="train only this stage, 1 is the first; 0: all, one after another")
+    parser.add_argument("--prior_ckpt", help="export of train_prior.py; the sample pictures then "
+                        "also show what the decoder draws from its embeddings")
     cli.add_data_flags(parser)
     cli.add_clip_flags(parser)
     cli.add_train_flags(parser, UnetConfig, "output/decoder")
@@ -42,9 +42,9 @@ def main():
     header = cli.describe_clip(args, clip)
     sample_embeds = collect_sample_embeds(val_store, args.prior_ckpt, header["clip"],
                                           accelerator.device)
-    del clip  # its work is done, and its memory free
+    del clip  # frees its memory
 
-    # ---- training, a stage after the other
+    # ---- training, one stage after another
     for number in numbers:
         torch.manual_seed(unets[number - 1].train.seed)
         unet = build_unet(unets[number - 1], number, header["embed_dim"])

@@ -36,7 +36,7 @@ def main():
     train_store, val_store = cli.open_stores(args, clip)
     task = PriorTask(config, accelerator, train_store, val_store, args.output_dir,
                      header=cli.describe_clip(args, clip))
-    del clip  # its work is done, and its memory free
+    del clip  # frees its memory
 
     # ---- training
     train(task=task, module=prior, run_dir=args.output_dir, accelerator=accelerator,

@@ -1,60 +1,60 @@
-"""What a process keeps between two steps, with the whole network and with its share (--fsdp): GiB
-of weights, average and optimizer state, as the system counts them, for the prior of a preset.
+"""Memory that each process keeps between two training steps, with and without --fsdp.
 
-    python benchmarks/fsdp_memory.py --preset base --processes 2
+Prints the GiB that the operating system counts for weights, averaged weights and optimizer state of
+the prior of a preset: with the whole network in every process, and with the network sharded among
+the processes.
+
+    python -m benchmarks.fsdp_memory --preset base --processes 2
 """
 
-import argparse
 import copy
 import ctypes
 import gc
-import sys
 import tempfile
-import warnings
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore")
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.multiprocessing import spawn  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from benchmarks.common import get_embed_dim, print_header, print_row
+from dalle2 import cli
+from dalle2.config import PRESETS
+from dalle2.models import build_prior, list_blocks
+from dalle2.optimizer import build_optimizers
+from dalle2.sharding import shard
+from dalle2.train_state import update_average
 
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.models import build_prior, list_blocks  # noqa: E402
-from dalle2.optimizer import build_optimizers  # noqa: E402
-from dalle2.sharding import shard  # noqa: E402
-from dalle2.train_state import update_average  # noqa: E402
-
-EMBED_DIM, BATCH_SIZE = 768, 2
+BATCH_SIZE = 2
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--preset", default="base", choices=list(PRESETS))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=cli.at_least(1), default=2, help="number of processes")
     args = parser.parse_args()
-    print("| way | process | GiB |\n|---|---|---|", flush=True)
-    for is_shared in (False, True):
+    print_header("network", "process", "GiB")
+    for is_sharded in (False, True):
         with tempfile.TemporaryDirectory() as folder:
-            spawn(train_twice, (args, is_shared, f"file://{folder}/meet"), nprocs=args.processes)
+            spawn(train_two_steps, (args, is_sharded, f"file://{folder}/rendezvous"),
+                  nprocs=args.processes)
 
 
-def train_twice(rank, args, is_shared, meet):
+def train_two_steps(rank, args, is_sharded, init_method):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=args.processes)
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=args.processes)
     before, config = read_memory(), PRESETS[args.preset].prior
-    module = build_prior(config, EMBED_DIM)
+    embed_dim = get_embed_dim(args.preset)
+    module = build_prior(config, embed_dim)
     average = copy.deepcopy(module).requires_grad_(False)
-    if is_shared:
+    if is_sharded:
         for network in (module, average):
             shard(network, list_blocks(network), torch.device("cpu"))
-    model = module if is_shared else DistributedDataParallel(module)
+    model = module if is_sharded else DistributedDataParallel(module)
     optimizers = build_optimizers(module, config.train)
-    image_embed = torch.randn(BATCH_SIZE, EMBED_DIM)
+    image_embed = torch.randn(BATCH_SIZE, embed_dim)
     text = dict(text_embed=image_embed, text_cond_drop_prob=torch.zeros(BATCH_SIZE),
-                text_encodings=torch.randn(BATCH_SIZE, config.max_text_len, EMBED_DIM))
+                text_encodings=torch.randn(BATCH_SIZE, config.max_text_len, embed_dim))
     for _ in range(2):
         model(image_embed, torch.zeros(BATCH_SIZE).long(), **text).square().mean().backward()
         for optimizer in optimizers:
@@ -62,18 +62,18 @@ def train_twice(rank, args, is_shared, meet):
             optimizer.zero_grad()
         update_average(average, module, config.train.ema_decay)
     gc.collect()
-    print(f"| {'shared out' if is_shared else 'whole'} | {rank} | {read_memory() - before:.2f} |",
-          flush=True)
+    print_row("sharded" if is_sharded else "whole", rank, f"{read_memory() - before:.2f}")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def read_memory():
-    """Resident GiB of this process, after what malloc holds back has been returned."""
+    """Resident GiB of this process, after malloc has returned its free memory to the system."""
     ctypes.CDLL(None).malloc_trim(0)
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmRSS"))
     return int(line.split()[1]) / 2 ** 20
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,27 +1,30 @@
 #!/bin/sh
-# Everything that only a GPU can show, in one go: the tests that need CUDA, the speed tables, a
-# profile, and MINUTES of training on photographs with captions, rendered from held-out captions.
-# Hardware: one CUDA GPU with 24 GB or more (80 GB for the base preset's tables). Disk: 5 GB.
-# Time: MINUTES + about 10. What it finds lies in OUT (default output/gpu_check).
-#   MINUTES=20 DATA=../shared/data/flickr8k sh benchmarks/gpu_check.sh [tests] [speed] [training]
-# DATA holds annotations/captions_{train,val}.json (COCO captions format) and their pictures in
-# train/ and val/ or, for both, images/. PRESET (small) is what is trained, BATCH (256) the batch
-# that CLIP and prior are trained with; the base stage takes half, the upsampler a quarter.
+# Runs everything that only a GPU can show: the tests that need CUDA, the speed tables with a
+# profile, and a training on photographs with captions, which then renders held-out captions.
+# Hardware: one CUDA GPU with 24 GB or more (80 GB for the tables of preset base). Disk: 5 GB.
+# Time: MINUTES of training plus about 10. The results are written to OUT (output/gpu_check).
+#   DATA=data/flickr8k MINUTES=20 sh benchmarks/gpu_check.sh [tests] [speed] [training]
+# DATA is needed for the training: annotations/captions_{train,val}.json (COCO captions format), and
+# the pictures in train/ and val/, or all of them in images/. PRESET (small) is trained. BATCH (256)
+# is the batch size of CLIP and prior; the base stage takes half of it, the upsampler a quarter.
+# VENV=/path names a ready environment: if it has the packages, nothing is installed.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
 minutes=${MINUTES:-20}
-data=${DATA:-../shared/data/flickr8k}
+data=${DATA:-data/flickr8k}
 out=${OUT:-output/gpu_check}
 preset=${PRESET:-small}
 batch=${BATCH:-256}
-need requirements.txt requirements-dev.txt
+has() { "$PY" -c "import $1" 2>/dev/null; }
+has accelerate,dalle2_pytorch,matplotlib,open_clip,pycocotools,simplejpeg,scipy,tensorboard ||
+    need requirements.txt
 mkdir -p "$out"
 export PYTHONWARNINGS=ignore
 
-# keep FILE COMMAND..: its output into $out/FILE and onto the screen, its failure kept (a pipe into
-# tee would hide it)
+# keep FILE COMMAND...: runs the command, writes its output to $out/FILE and prints it; stops if the
+# command fails (with a pipe into tee, the shell would not notice)
 keep() {
     file=$out/$1
     shift
@@ -30,24 +33,25 @@ keep() {
 }
 
 run_tests() {
-    keep tests.txt "$PY" -m pytest tests/test_cuda.py -rs
+    has pytest || need requirements-dev.txt
+    keep tests.txt "$PY" -m pytest tests/test_cuda.py -m "" -rs
 }
 
 run_speed() {
     for flag in "" --compile; do
-        # shellcheck disable=SC2086  # no word where the flag is empty
-        keep "train_speed$flag.md" "$PY" benchmarks/train_speed.py --preset base --batch_size 32 \
+        # shellcheck disable=SC2086  # an empty flag is no argument
+        keep "train_speed$flag.md" "$PY" -m benchmarks.train_speed --preset base --batch_size 32 \
             $flag --profile --json "$out/train_speed$flag.json"
     done
-    keep sample_speed.md "$PY" benchmarks/sample_speed.py --preset base --batch_size 16
+    keep sample_speed.md "$PY" -m benchmarks.sample_speed --preset base --batch_size 16
 }
 
 images() {
     if [ -d "$data/$1" ]; then echo "$data/$1"; else echo "$data/images"; fi
 }
 
-# train NAME SHARE SCRIPT FLAGS..: measures the pace over 40 steps, then takes the steps that SHARE
-# per cent of the minutes allow
+# train NAME SHARE SCRIPT FLAG...: measures the speed over 40 steps, then trains for as many steps
+# as fit into SHARE per cent of the minutes
 train() {
     name=$1 share=$2 script=$3
     shift 3
@@ -71,14 +75,14 @@ run_training() {
         --val_annot_path "$data/annotations/captions_val.json" \
         --save_every 1000000 --validate_every 500
     clip="--clip_pretrained $out/clip/clip.safetensors"
-    # shellcheck disable=SC2086  # the flag and its value
+    # shellcheck disable=SC2086  # $clip is a flag and its value
     {
         train clip 15 train_clip.py "$@" --batch_size "$batch"
         train prior 15 train_prior.py "$@" $clip --batch_size "$batch"
         train decoder 50 train_decoder.py "$@" $clip --unet_number 1 --batch_size $((batch / 2))
         train decoder 20 train_decoder.py "$@" $clip --unet_number 2 --batch_size $((batch / 4))
     }
-    # 64 held-out captions; none is picked
+    # the first 64 held-out captions
     "$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 64 \
         --test_annot_path "$data/annotations/captions_val.json" --output_dir "$out/rendered" \
         --prior_ckpt "$out/prior/prior.safetensors" \
@@ -95,6 +99,12 @@ with safe_open('$out/$name/$name.safetensors', 'pt') as file:
 }
 
 [ $# -gt 0 ] || set -- tests speed training
+for part; do
+    if [ "$part" = training ] && [ ! -d "$data/annotations" ]; then
+        echo "error: no such folder: $data/annotations; DATA names the photographs" >&2
+        exit 2
+    fi
+done
 for part; do
     echo "=== $part"
     "run_$part"

@@ -1,11 +1,12 @@
-"""How much of photos' color detail a picture file keeps: the power of the gradients of Cb and Cr
-after saving, over that before.
+"""How much of the color detail of photos a picture file keeps.
 
-    python benchmarks/jpeg_chroma.py --img_path data/coco/val2014
+Prints the power of the gradients of Cb and Cr after saving, divided by that before, for three kinds
+of files.
+
+    python -m benchmarks.jpeg_chroma --img_path data/coco/val2014
 """
 
 import io
-import sys
 import time
 from pathlib import Path
 
@@ -14,10 +15,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dalle2 import cli  # noqa: E402
-from dalle2.images import load_image  # noqa: E402
+from benchmarks.common import print_header, print_row
+from dalle2 import cli
+from dalle2.images import load_image
 
 FILES = {"JPEG 95, 4:2:0 (Pillow's default)": {"format": "JPEG", "quality": 95},
          "JPEG 95, 4:4:4": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -34,24 +34,25 @@ def compute_power(image):
 def main():
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--img_path", required=True, help="folder of photos")
-    parser.add_argument("--num_images", type=int, default=200, help="the first so many by name")
+    parser.add_argument("--num_images", type=cli.at_least(1), default=200,
+                        help="number of photos, the first ones by name")
     args = parser.parse_args()
     paths = sorted(Path(args.img_path).glob("*.jpg"))[:args.num_images]
     photos = [load_image(path) for path in paths]
     before = sum(map(compute_power, photos))
-    print(f"{len(photos)} photos at 256 px\n\n| file | chroma gradient power kept | KB a picture | "
-          "ms to save |\n|---|---|---|---|")
+    print(f"{len(photos)} photos at 256 px\n")
+    print_header("file", "chroma gradient power kept", "KB a picture", "ms to save")
     for name, options in FILES.items():
-        after, size, start = 0.0, 0, time.process_time()
         files = [io.BytesIO() for _ in photos]
+        start = time.process_time()
         for photo, file in zip(photos, files):
             TF.to_pil_image(photo).save(file, **options)
         seconds = time.process_time() - start
-        for file in files:
-            size += file.tell()
-            after += compute_power(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
-        print(f"| {name} | {after / before:.1%} | {size / len(photos) / 1e3:.0f} | "
-              f"{1e3 * seconds / len(photos):.1f} |")
+        size = sum(file.tell() for file in files)
+        after = sum(compute_power(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+                    for file in files)
+        print_row(name, f"{after / before:.1%}", f"{size / len(photos) / 1e3:.0f}",
+                  f"{1e3 * seconds / len(photos):.1f}")
 
 
 if __name__ == "__main__":

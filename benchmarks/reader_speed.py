@@ -1,9 +1,10 @@
-"""How many samples a second the reader delivers to a training, against what a fast GPU would eat.
+"""How many samples a second the data reader delivers, against how many a fast GPU computes.
 
-The reader is what draws the batches in training: `Task.draw` of the prior, of the first stage and
-of the upsampler of a preset, from a prepared store of uint8 or of JPEG pictures (one thread draws,
-a thread a core decodes JPEG files). The appetite is that of a GPU that computes 400 TFLOP/s: three
-forwards a sample. Photos in COCO captions format; embeddings as wide as ViT-L/14's are made up.
+The reader is what draws the batches in training: `Task.draw` of the prior, of the first decoder
+stage and of the upsampler of a preset, from a prepared store of uint8 or of JPEG pictures (one
+thread draws; one thread a core decodes JPEG files). The GPU is assumed to compute 400 TFLOP/s, and
+a training step to cost three forward passes a sample. The photos are read from disk; the
+embeddings, as wide as those of ViT-L/14, are random numbers.
 
     python -m benchmarks.reader_speed --img_path photos --annot_path captions.json
 """
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from benchmarks.common import add_photo_flags, print_header, print_row, save_random_embeds
 from benchmarks.preset_costs import list_networks
 from dalle2 import cli
 from dalle2.config import PRESETS
@@ -25,52 +27,48 @@ from dalle2.prepare import prepare_store
 from dalle2.rng import BatchRandom
 from dalle2.tasks import PriorTask, UnetTask
 
-GPU_RATE = 400e12  # FLOP/s that the networks reach
-DIM, TOKENS = 768, 14
+GPU_RATE = 400e12     # FLOP/s that the networks reach
+EMBED_DIM = 768       # of ViT-L/14
+CAPTION_TOKENS = 14   # the mean of COCO, rounded up
 
 
 def main():
     parser = cli.Parser(__doc__.splitlines()[0])
-    parser.add_argument("--img_path", required=True, help="picture folder")
-    parser.add_argument("--annot_path", required=True, help="COCO captions file")
+    add_photo_flags(parser)
     parser.add_argument("--preset", default="base", choices=list(PRESETS))
-    parser.add_argument("--max_images", type=cli.at_least(8), default=2000)
-    parser.add_argument("--rounds", type=cli.at_least(1), default=5, help="batches a figure")
+    parser.add_argument("--max_images", type=cli.at_least(8), default=2000,
+                        help="number of photos, the first ones of the file")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=5,
+                        help="batches drawn; medians are printed")
     args = parser.parse_args()
-    appetites = [GPU_RATE / (3 * flops) for _, _, _, flops, *_ in list_networks(args.preset)]
+    gpu_rates = [GPU_RATE / (3 * flops) for _, _, _, flops, *_ in list_networks(args.preset)]
     print(f"{torch.get_num_threads()} threads, preset {args.preset}, medians of {args.rounds} "
-          "batches\n\n| store | network | samples a second | a GPU of 400 TFLOP/s | ratio |\n"
-          "|---|---|---|---|---|")
+          "batches\n")
+    print_header("store", "network", "samples a second", "a GPU of 400 TFLOP/s", "ratio")
     for image_format in ("uint8", "jpeg"):
         with tempfile.TemporaryDirectory() as folder:
             store = build_store(args, image_format, Path(folder))
-            for task, appetite in zip(build_tasks(args.preset, store), appetites):
+            for task, gpu_rate in zip(build_tasks(args.preset, store), gpu_rates):
                 rate = measure_rate(task, args.rounds)
                 name = f"unet {task.unet_number}" if isinstance(task, UnetTask) else "prior"
-                print(f"| {image_format} | {name} | {rate:,.0f} | {appetite:,.0f} | "
-                      f"{rate / appetite:.1f} |", flush=True)
+                print_row(image_format, name, f"{rate:,.0f}", f"{gpu_rate:,.0f}",
+                          f"{rate / gpu_rate:.1f}")
 
 
 def build_store(args, image_format, folder):
     """A Store of the photos with random embeddings."""
     store = prepare_store(args.img_path, args.annot_path, folder / "store", progress=False,
                           max_images=args.max_images, image_format=image_format)
-    captions = sum(map(len, store.captions))
-    random = np.random.default_rng(0)
-    for name, shape in {"image_embed": (len(store), DIM), "text_embed": (captions, DIM),
-                        "text_encodings": (captions * TOKENS, DIM)}.items():
-        embeds = random.standard_normal(shape, np.float32)
-        np.save(folder / f"{name}.npy", embeds.astype(np.float16))
-    np.save(folder / "text_tokens.npy", np.zeros((captions, 77), np.uint16))
-    np.save(folder / "token_start.npy", np.arange(captions + 1) * TOKENS)
+    save_random_embeds(folder, len(store), sum(map(len, store.captions)), EMBED_DIM,
+                       CAPTION_TOKENS, random=np.random.default_rng(0))
     return Store(store.folder, folder)
 
 
-def build_tasks(preset, store):
-    accelerator, preset = Accelerator(cpu=True), PRESETS[preset]
+def build_tasks(preset_name, store):
+    accelerator, preset = Accelerator(cpu=True), PRESETS[preset_name]
     return [PriorTask(preset.prior, accelerator, store),
-            *(UnetTask(number, preset.decoder, accelerator, store)
-              for number in range(1, len(preset.decoder.unets) + 1))]
+            *(UnetTask(unet_number, preset.decoder, accelerator, store)
+              for unet_number in range(1, len(preset.decoder.unets) + 1))]
 
 
 def measure_rate(task, rounds):

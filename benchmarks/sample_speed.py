@@ -1,158 +1,168 @@
-"""How fast rendering is: the stock DALLE2 of dalle2-pytorch against this project, same networks.
+"""Speed of rendering: the DALLE2 class of dalle2-pytorch against this project, same networks.
 
-(a) published: DALLE2 with 1000 steps in prior and both stages, guidance on all three (the library
-    guides the upsampler too). Its time is that of --measured_steps steps, scaled: every step costs
-    the same;
-(b) stock at equal steps: its DDIM with as many steps as ours;
-(c) ours: the configs' settings.
+(a) published: DALLE2 with 1000 steps in the prior and in both stages, and guidance on all three
+    (the library guides the upsampler too). Only --measured_steps of the steps are run, and their
+    time is scaled, because every step costs the same;
+(b) stock, equal steps: the library's DDIM with as many steps as (c);
+(c) ours: the settings of the configs.
 
-Random weights; sampling time does not depend on them. The last row is the prior alone, where ours
-reads the caption once. One process, in turn, medians over --rounds.
+The weights are random, which does not change the time. The last line compares the prior alone with
+guidance; this project reads the caption once, the library at each step. All variants run in one
+process and take turns; medians over --rounds.
 
-    python benchmarks/sample_speed.py --preset toy
+    python -m benchmarks.sample_speed --preset toy
 """
 
-import argparse
 import contextlib
 import io
-import statistics
-import sys
-import time
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore")
+import torch
 
-import torch  # noqa: E402
-
-from dalle2.cli import pick_device  # noqa: E402
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.models import (  # noqa: E402
-    build_prior,
-    build_stock_decoder,
-    build_stock_prior,
-    build_unet,
+from benchmarks.common import (
+    build_networks,
+    compute_medians,
+    describe_machine,
+    get_embed_dim,
+    print_header,
+    print_row,
+    time_in_turns,
 )
-from dalle2.sampling import build_stages, sample_image_embed, sample_images  # noqa: E402
+from dalle2 import cli
+from dalle2.config import PRESETS
+from dalle2.models import build_stock_decoder, build_stock_prior
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
+
+LIBRARY_STEPS = 1000
+
+
+def parse_args():
+    parser = cli.Parser(__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="toy", choices=list(PRESETS))
+    parser.add_argument("--batch_size", type=cli.at_least(1), default=4)
+    parser.add_argument("--rounds", type=cli.at_least(1), default=3)
+    parser.add_argument("--measured_steps", type=cli.at_least(1), default=20,
+                        help="how many of the 1000 steps of (a) are run")
+    parser.add_argument("--cond_scale", type=float, default=2.0,
+                        help="guidance of all networks in (a)")
+    parser.add_argument("--prior_only", action="store_true",
+                        help="measure only the prior with guidance")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="toy", choices=list(PRESETS))
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measured_steps", type=int, default=20, help="of the 1000")
-    parser.add_argument("--cond_scale", type=float, default=2.0, help="of all networks in (a)")
-    parser.add_argument("--prior_only", action="store_true")
-    args = parser.parse_args()
-    preset, device, batch = PRESETS[args.preset], pick_device(), args.batch_size
-    dim = 128 if args.preset == "toy" else 768
-    configs = preset.decoder.unets
-    text_embed = torch.randn(batch, dim, device=device)
-    text_encodings = torch.randn(batch, preset.prior.max_text_len, dim, device=device)
+    args = parse_args()
+    preset, device, batch_size = PRESETS[args.preset], cli.pick_device(), args.batch_size
+    embed_dim, configs = get_embed_dim(args.preset), preset.decoder.unets
+    text_embed = torch.randn(batch_size, embed_dim, device=device)
+    text_encodings = torch.randn(batch_size, preset.prior.max_text_len, embed_dim, device=device)
     image_embed = torch.nn.functional.normalize(text_embed, dim=-1)
 
-    def build_networks():
-        return (build_prior(preset.prior, dim).to(device).eval(),
-                [build_unet(c, n, dim).to(device).eval() for n, c in enumerate(configs, start=1)])
+    # ---- the library's sampling and ours, of networks of the same sizes
+    prior, unets = move(build_networks(preset, embed_dim), device)
+    stages = build_stages(unets, configs)
+    library = Library(preset, embed_dim, args.measured_steps, text_embed, text_encodings,
+                      image_embed)
 
-    prior, unets = build_networks()
-    stages, stock_networks = build_stages(unets, configs), build_networks()
-    stock_prior = build_stock_prior(stock_networks[0], preset.prior, dim).to(device)
-    stock_prior.can_classifier_guidance = True  # its own flag, set where it trains itself
-    stock_decoder = build_stock_decoder(stock_networks[1], configs).to(device)
+    def sample_prior(config=preset.prior):
+        sample_image_embed(prior, config, text_embed, text_encodings, range(batch_size))
+    steps, scale = preset.prior.sample_timesteps, preset.prior.cond_scale
+    stage_steps, stage_scales = zip(*((c.sample_timesteps, c.cond_scale) for c in configs))
+    functions = {  # (variant, network)
+        ("(a) published", "prior"): lambda: library.run_prior_steps(args.cond_scale),
+        ("(a) published", "decoder"): lambda: library.run_decoder_steps(args.cond_scale),
+        ("(b) stock, equal steps", "prior"): lambda: library.sample_prior(steps, scale),
+        ("(b) stock, equal steps", "decoder"): lambda: library.sample_decoder(stage_steps,
+                                                                              stage_scales),
+        ("(c) ours", "prior"): sample_prior,
+        ("(c) ours", "decoder"): lambda: sample_images(stages, image_embed, range(batch_size))}
 
-    def run_stock_prior(steps, scale):
-        if steps == preset.prior.timesteps:  # no more of its steps than are measured
-            x = torch.randn(batch, dim, device=device)
-            text = dict(text_embed=text_embed, text_encodings=text_encodings)
-            for t in range(args.measured_steps):
-                x, _ = stock_prior.p_sample(x, torch.full((batch,), t, device=device),
-                                            text_cond=text, cond_scale=scale)
-        else:
-            stock_prior.p_sample_loop((batch, dim), timesteps=steps + 1, cond_scale=scale,
-                                      text_cond=dict(text_embed=text_embed,
-                                                     text_encodings=text_encodings))
-
-    def run_stock_decoder(steps, scales):
-        decoder = stock_decoder
-        if steps is None:
-            for number, (unet, config) in enumerate(zip(decoder.unets, configs), start=1):
-                shape = batch, 3, config.image_size, config.image_size
-                lowres = {} if number == 1 else dict(
-                    lowres_cond_img=torch.rand(shape, device=device),
-                    lowres_noise_level=torch.full((batch,), 100, device=device))
-                x = torch.randn(shape, device=device)
-                for t in range(args.measured_steps):
-                    x, _ = decoder.p_sample(
-                        unet, x, torch.full((batch,), t, device=device), image_embed=image_embed,
-                        cond_scale=scales[number - 1], noise_scheduler=decoder.noise_schedulers[0],
-                        predict_v=config.objective == "v",
-                        predict_x_start=config.objective == "x_start",
-                        **lowres)
-        else:
-            decoder.sample_timesteps = steps
-            decoder.sample(image_embed=image_embed, cond_scale=scales,
-                           one_unet_in_gpu_at_time=False)
-
-    def run_prior():
-        sample_image_embed(prior, preset.prior, text_embed, text_encodings, range(batch))
-
-    own_steps = tuple(config.sample_timesteps for config in configs)
-    own_scales = tuple(config.cond_scale for config in configs)
-    prior_steps, prior_scale = preset.prior.sample_timesteps, preset.prior.cond_scale
-    scale, times = args.cond_scale, preset.prior.timesteps / args.measured_steps
-    ways = {
-        "(a) published": [(lambda: run_stock_prior(1000, scale), times),
-                          (lambda: run_stock_decoder(None, (scale,) * len(configs)), times)],
-        "(b) stock, equal steps": [(lambda: run_stock_prior(prior_steps, prior_scale), 1),
-                                   (lambda: run_stock_decoder(own_steps, own_scales), 1)],
-        "(c) ours": [(run_prior, 1),
-                     (lambda: sample_images(stages, image_embed, range(batch)), 1)]}
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, preset {args.preset}, "
-          f"batch {batch}, steps {(prior_steps, *own_steps)}, medians of {args.rounds}")
+    # ---- measure
+    print(f"{describe_machine()}, preset {args.preset}, batch {batch_size}, steps "
+          f"{(steps, *stage_steps)}, medians of {args.rounds}")
     if not args.prior_only:
-        print_rows(measure(ways, args.rounds, device), batch)
-    wide = replace(preset.prior, cond_scale=2.0)
-    guided = measure({"(b)": [(lambda: run_stock_prior(prior_steps, 2.0), 1)], "(c)": [(
-        lambda: sample_image_embed(prior, wide, text_embed, text_encodings, range(batch)), 1)]},
-        args.rounds, device)
-    print(f"prior, {prior_steps} steps, guidance 2: stock {guided['(b)'][0] / batch:.4f}, ours "
-          f"{guided['(c)'][0] / batch:.4f} s a picture: {guided['(b)'][0] / guided['(c)'][0]:.1f}x")
+        seconds = measure(functions, args.rounds)
+        for network in ("prior", "decoder"):
+            seconds["(a) published", network] *= LIBRARY_STEPS / args.measured_steps
+        print_table(seconds, batch_size)
+    guided = replace(preset.prior, cond_scale=2.0)
+    seconds = measure({"stock": lambda: library.sample_prior(steps, 2.0),
+                       "ours": lambda: sample_prior(guided)}, args.rounds)
+    print(f"prior, {steps} steps, guidance 2: stock {seconds['stock'] / batch_size:.4f}, ours "
+          f"{seconds['ours'] / batch_size:.4f} s a picture: "
+          f"{seconds['stock'] / seconds['ours']:.1f}x")
 
 
-def print_rows(found, batch):
-    print("| way | prior, s a picture | decoder, s a picture | both | ours is | prior, ours is |\n"
-          "|---|---|---|---|---|---|")
-    ours = found["(c) ours"]
-    for way, (a, b) in found.items():
-        print(f"| {way} | {a / batch:.4f} | {b / batch:.3f} | {(a + b) / batch:.3f} "
-              f"| {(a + b) / sum(ours):.1f}x | {a / ours[0]:.1f}x |")
+class Library:
+    """The samplers of dalle2-pytorch around networks of a preset, and what they are given."""
+
+    def __init__(self, preset, embed_dim, measured_steps, text_embed, text_encodings, image_embed):
+        self.configs, self.measured_steps = preset.decoder.unets, measured_steps
+        self.image_embed, self.device = image_embed, image_embed.device
+        self.text_cond = dict(text_embed=text_embed, text_encodings=text_encodings)
+        prior, unets = move(build_networks(preset, embed_dim), self.device)
+        self.prior = build_stock_prior(prior, preset.prior, embed_dim).to(self.device)
+        self.prior.can_classifier_guidance = True  # the library sets it when it trains the prior
+        self.decoder = build_stock_decoder(unets, self.configs).to(self.device)
+
+    def sample_prior(self, steps, cond_scale):
+        self.prior.p_sample_loop(self.image_embed.shape, timesteps=steps + 1,
+                                 cond_scale=cond_scale, text_cond=self.text_cond)
+
+    def sample_decoder(self, steps, cond_scales):
+        self.decoder.sample_timesteps = steps
+        self.decoder.sample(image_embed=self.image_embed, cond_scale=cond_scales,
+                            one_unet_in_gpu_at_time=False)
+
+    def run_prior_steps(self, cond_scale):
+        """`measured_steps` of the steps that its DDPM takes."""
+        x_t = torch.randn_like(self.image_embed)
+        for t in self.iterate_timesteps():
+            x_t, _ = self.prior.p_sample(x_t, t, text_cond=self.text_cond, cond_scale=cond_scale)
+
+    def run_decoder_steps(self, cond_scale):
+        """`measured_steps` of the steps that its DDPM takes in each stage."""
+        for number, (unet, config) in enumerate(zip(self.decoder.unets, self.configs), start=1):
+            shape = len(self.image_embed), 3, config.image_size, config.image_size
+            lowres = {} if number == 1 else dict(
+                lowres_cond_img=torch.rand(shape, device=self.device),
+                lowres_noise_level=torch.full(shape[:1], 100, device=self.device))
+            x_t = torch.randn(shape, device=self.device)
+            for t in self.iterate_timesteps():
+                x_t, _ = self.decoder.p_sample(
+                    unet, x_t, t, image_embed=self.image_embed, cond_scale=cond_scale,
+                    noise_scheduler=self.decoder.noise_schedulers[0],
+                    predict_v=config.objective == "v",
+                    predict_x_start=config.objective == "x_start", **lowres)
+
+    def iterate_timesteps(self):
+        for t in range(self.measured_steps):
+            yield torch.full((len(self.image_embed),), t, device=self.device)
+
+
+def move(networks, device):
+    """(prior, [U-Nets]) on the device, in evaluation mode."""
+    prior, unets = networks
+    return prior.to(device).eval(), [unet.to(device).eval() for unet in unets]
 
 
 @torch.no_grad()
-def measure(ways, rounds, device):
-    """{way: [median seconds of each part]}; the ways take turns. A part: (function, factor)."""
-    times = {way: [[] for _ in parts] for way, parts in ways.items()}
-    for round_number in range(rounds + 1):  # the first warms up
-        for way, parts in ways.items():
-            for number, (function, factor) in enumerate(parts):
-                start = read_clock(device)
-                with contextlib.redirect_stderr(io.StringIO()):
-                    function()
-                if round_number:
-                    times[way][number].append((read_clock(device) - start) * factor)
-    return {way: [statistics.median(part) for part in parts] for way, parts in times.items()}
+def measure(functions, rounds):
+    """{key: median seconds}, without the library's progress bars."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return compute_medians(time_in_turns(functions, rounds))
 
 
-def read_clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def print_table(seconds, batch_size):
+    print_header("variant", "prior, s a picture", "decoder, s a picture", "both", "ours is",
+                 "prior, ours is")
+    ours = [seconds["(c) ours", network] for network in ("prior", "decoder")]
+    for variant in dict.fromkeys(variant for variant, _ in seconds):
+        prior, decoder = (seconds[variant, network] for network in ("prior", "decoder"))
+        print_row(variant, f"{prior / batch_size:.4f}", f"{decoder / batch_size:.3f}",
+                  f"{(prior + decoder) / batch_size:.3f}", f"{(prior + decoder) / sum(ours):.1f}x",
+                  f"{prior / ours[0]:.1f}x")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

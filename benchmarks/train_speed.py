@@ -1,51 +1,52 @@
-"""How fast training is: the published way, the library with cached embeddings, and this project.
+"""Speed of training: the published way, the library with cached embeddings, and this project.
 
-(a) published: the networks of preset `seed` in the trainers of dalle2-pytorch, fp32, a CLIP
-    ViT-L/14 (random weights) in every step, captions padded to 77 positions;
-(b) stock: the networks of --preset in the same trainers, fp32, embeddings cached; for the prior
-    also at 77 positions, as a user who does not look at the length of captions has it;
-(c) ours: the same networks as in (b), the functions of `dalle2.train_loop` and `dalle2.losses`.
+(a) published: the networks of preset `seed` in the trainers of dalle2-pytorch, fp32, with a CLIP
+    ViT-L/14 (random weights) in every step and captions padded to 77 positions;
+(b) stock: the networks of --preset in the same trainers, fp32, with cached embeddings; for the
+    prior also with captions padded to 77 positions, which is the library's default;
+(c) ours: the same networks as in (b), trained by this project (`dalle2.tasks`).
 
-One process, one step of each way in turn, medians over --rounds. Data are random numbers.
+All variants run in one process and take turns, a step each; medians over --rounds. The data are
+random numbers.
 
-    python benchmarks/train_speed.py --preset base
-    python benchmarks/train_speed.py --preset seed --networks unet1 unet2
+    python -m benchmarks.train_speed --preset base
+    python -m benchmarks.train_speed --preset seed --networks unet1 unet2
 """
 
-import argparse
 import contextlib
 import gc
 import json
-import statistics
 import sys
-import time
-import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-warnings.filterwarnings("ignore")
-
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
-from dalle2_pytorch import (  # noqa: E402
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from dalle2_pytorch import (
     Decoder,
     DecoderTrainer,
     DiffusionPrior,
     DiffusionPriorTrainer,
     OpenClipAdapter,
 )
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode
 
-from dalle2 import cli  # noqa: E402
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
-from dalle2.fast_modules import restore_modules  # noqa: E402
-from dalle2.models import build_prior, build_unet  # noqa: E402
-from dalle2.train_state import TrainState  # noqa: E402
+from benchmarks.common import (
+    compute_medians,
+    count_saved_bytes,
+    describe_machine,
+    print_header,
+    print_row,
+    read_clock,
+    time_in_turns,
+)
+from dalle2 import cli
+from dalle2.config import PRESETS
+from dalle2.fast_modules import restore_modules
+from dalle2.models import build_prior, build_unet
+from dalle2.tasks import PriorTask, UnetTask
+from dalle2.train_state import TrainState
 
 EMBED_DIM = 768       # of ViT-L/14
 CAPTION_TOKENS = 13   # the mean of COCO
@@ -53,25 +54,71 @@ BATCH_SIZES = {"prior": 16, "unet1": 4, "unet2": 8}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--preset", default="base", choices=list(PRESETS))
     parser.add_argument("--networks", nargs="+", default=list(BATCH_SIZES), choices=BATCH_SIZES)
-    parser.add_argument("--ways", nargs="+", default=["published", "stock", "ours"],
-                        choices=["published", "stock", "ours"])
-    parser.add_argument("--batch_size", type=int, help=f"None: {BATCH_SIZES}")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
-    parser.add_argument("--profile", action="store_true", help="and where a step of ours goes")
-    parser.add_argument("--json", help="write the figures into this file as well")
+    parser.add_argument("--variants", nargs="+", default=["published", "stock", "ours"],
+                        choices=["published", "stock", "ours"], help="(a), (b), (c)")
+    parser.add_argument("--batch_size", type=cli.at_least(1), help="of every network (None: "
+                        + ", ".join(f"{size} for {name}" for name, size in BATCH_SIZES.items())
+                        + ")")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=5)
+    parser.add_argument("--compile", action="store_true", help="use torch.compile in (c)")
+    parser.add_argument("--profile", action="store_true",
+                        help="print the operations in which (c) spends the most time")
+    parser.add_argument("--json", help="write the figures to this file as well")
     return parser.parse_args()
 
 
+def main():
+    args = parse_args()
+    device = cli.pick_device()
+    matmul_rates = {"stock": measure_matmul_rate(device, torch.float32)}
+    matmul_rates["ours"] = measure_matmul_rate(device, torch.bfloat16) \
+        if device.type == "cuda" else matmul_rates["stock"]
+    clip = None
+    if "published" in args.variants:
+        with contextlib.redirect_stdout(sys.stderr):  # the library prints
+            clip = OpenClipAdapter("ViT-L-14", None).to(device)
+    print(f"{describe_machine()}, preset {args.preset}, medians of {args.rounds}\n")
+    print_header("network", "variant", "samples/s", "ms a step", "of it update", "GB", "GFLOP/s",
+                 "of a matmul's", "ours is")
+    results = {}
+    for name in args.networks:
+        batch_size = args.batch_size or BATCH_SIZES[name]
+        steps = build_steps(args, name, batch_size, device, clip)
+        results[name] = measure(steps, args.rounds, device)
+        print_network(name, batch_size, results[name], matmul_rates)
+        if args.profile and "(c) ours" in steps:
+            print_profile(*steps["(c) ours"], device.type)
+        steps.clear()
+        gc.collect()
+    print_both_stages(args, results)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"args": vars(args), "results": results}, indent=1))
+
+
 # ----------------------------------------------------------------------------------------------
-# the ways: each gives (compute gradients, update the weights), to be called in turn
+# the variants: each is a pair of functions (compute gradients, update the weights)
+
+
+def build_steps(args, name, batch_size, device, clip):
+    """{variant: (compute gradients, update the weights)} of one network."""
+    preset, steps = PRESETS[args.preset], {}
+    if "published" in args.variants:
+        steps["(a) published"] = build_stock_step(name, PRESETS["seed"], batch_size, device, clip)
+    if "stock" in args.variants:
+        if name == "prior":
+            steps["(b) stock, 77 positions"] = build_stock_step(name, preset, batch_size, device,
+                                                                max_text_len=77)
+        steps["(b) stock"] = build_stock_step(name, preset, batch_size, device)
+    if "ours" in args.variants:
+        steps["(c) ours"] = build_our_step(name, preset, batch_size, device, args.compile)
+    return steps
 
 
 def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=None):
-    """The library's trainers; with `clip` it embeds pictures and captions in every step."""
+    """The library's trainers; with `clip` they embed pictures and captions in every step."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="no")
     image = torch.rand(batch_size, 3, 256, 256, device=device)
@@ -86,7 +133,7 @@ def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=N
         tokens = torch.zeros(batch_size, 77, dtype=torch.long, device=device)
         tokens[:, :CAPTION_TOKENS] = 1000
         encodings = draw_encodings(batch_size, config.max_text_len).to(device)
-        # a clone: the library scales what it is given in place
+        # a clone: the library scales its input in place
         inputs = (lambda: dict(text=tokens, image=image)) if clip else (lambda: dict(
             text_embed=image_embed, image_embed=image_embed.clone(), text_encodings=encodings))
         return lambda: trainer(**inputs()), trainer.update
@@ -107,30 +154,27 @@ def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=N
             lambda: trainer.update(unet_number=number))
 
 
-def build_our_step(name, preset, batch_size, device, compiled):
+def build_our_step(name, preset, batch_size, device, use_compile):
     AcceleratorState._reset_state()
     accelerator = cli.build_accelerator("auto")
     image_embed = torch.randn(batch_size, EMBED_DIM)
     if name == "prior":
         config = preset.prior
-        module = build_prior(config, EMBED_DIM)
-        diffusion = Diffusion(config.timesteps, predict_x_start=True, device=device)
-        compute_loss = partial(compute_prior_loss, config=config, diffusion=diffusion)
+        module, task = build_prior(config, EMBED_DIM), PriorTask(config, accelerator)
         batch = {"image_embed": image_embed, "text_embed": image_embed,
                  "text_encodings": draw_encodings(batch_size, config.max_text_len).half()}
     else:
         number = int(name[-1])
         config = preset.decoder.unets[number - 1]
         module = build_unet(config, number, EMBED_DIM)
-        compute_loss = partial(compute_unet_loss, config=config,
-                               diffusion=build_diffusion(config, device))
-        batch = {"image": draw_pictures(batch_size, config.crop_size or config.image_size)}
+        task = UnetTask(number, preset.decoder, accelerator)
+        batch = {"image": draw_pictures(batch_size, task.crop_size)}
         batch |= {"image_embed": image_embed} if number == 1 else {
-            "lowres_cond_img": draw_pictures(batch_size, preset.decoder.unets[0].image_size),
+            "lowres_cond_img": draw_pictures(batch_size, task.lowres_size),
             "corner": torch.zeros(batch_size, 2, dtype=torch.long)}
-    train = replace(config.train, batch_size=batch_size, compile=compiled, snapshot_every=0)
+    train = replace(config.train, batch_size=batch_size, compile=use_compile, snapshot_every=0)
     state = TrainState(module, train, accelerator)
-    return (lambda: state.compute_gradients(0, batch, compute_loss),
+    return (lambda: state.compute_gradients(0, batch, task.loss),
             lambda: state.update_weights(1, lr_factor=1.0))
 
 
@@ -150,143 +194,83 @@ def draw_pictures(batch_size, size):
 
 
 def measure(steps, rounds, device):
-    """{way: {"ms": a step, "update_ms": of it, "gb": kept for the backward pass, "gflop": forward
-    and backward}}; the ways take turns."""
-    times = {way: [] for way in steps}
-    rows = {way: {} for way in steps}
-    for way, (compute, update) in steps.items():  # also the warm-up, and what torch.compile needs
-        rows[way]["gflop"] = count_flops(compute)
+    """{variant: {"ms": a step, "update_ms": the part that updates the weights, "gb": memory for the
+    backward pass, "gflop": forward and backward pass}}; the variants take turns."""
+    results = {variant: {} for variant in steps}
+    for variant, (compute, update) in steps.items():  # also warms up and compiles
+        with FlopCounterMode(display=False) as counter:
+            compute()
+        results[variant]["gflop"] = counter.get_total_flops() / 1e9
         update()
-        rows[way]["gb"] = count_memory(compute, device)
+        results[variant]["gb"] = measure_memory(compute, device) / 1e9
         update()
-    for _ in range(rounds):
-        for way, (compute, update) in steps.items():
-            marks = [read_clock(device)]
-            for function in (compute, update):
-                function()
-                marks.append(read_clock(device))
-            times[way].append((marks[2] - marks[0], marks[2] - marks[1]))
-    for way, pairs in times.items():
-        whole, update = (statistics.median(column) * 1e3 for column in zip(*pairs))
-        rows[way] |= {"ms": whole, "update_ms": update}
-    return rows
+    functions = {(variant, part): function for variant, pair in steps.items()
+                 for part, function in zip(("compute", "update"), pair)}
+    seconds = time_in_turns(functions, rounds, warm_up=False)
+    totals = compute_medians({variant: map(sum, zip(seconds[variant, "compute"],
+                                                    seconds[variant, "update"]))
+                              for variant in steps})
+    updates = compute_medians({variant: seconds[variant, "update"] for variant in steps})
+    for variant, row in results.items():
+        row |= {"ms": 1e3 * totals[variant], "update_ms": 1e3 * updates[variant]}
+    return results
 
 
-def read_clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def count_flops(compute):
-    with FlopCounterMode(display=False) as counter:
-        compute()
-    return counter.get_total_flops() / 1e9
-
-
-def count_memory(compute, device):
-    """GB that `compute` adds at its peak on a GPU; on a CPU what autograd keeps, as it says."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        compute()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    kept = {}
-
-    def keep(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        compute()
-    return sum(kept.values()) / 1e9
+def measure_memory(compute, device):
+    """Bytes that `compute` adds: at its peak on a GPU; on a CPU, what autograd keeps."""
+    if device.type != "cuda":
+        return count_saved_bytes(compute)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    compute()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure_matmul_rate(device, dtype):
     """GFLOP/s of one large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = read_clock(device)
-        a @ a
-        times.append(read_clock(device) - start)
-    return 2 * size ** 3 / statistics.median(times[1:]) / 1e9
+    seconds = compute_medians(time_in_turns({"matmul": lambda: a @ a}, rounds=5))
+    return 2 * size ** 3 / seconds["matmul"] / 1e9
 
 
-def main():
-    args = parse_args()
-    device = cli.pick_device()
-    rates = {"stock": measure_matmul_rate(device, torch.float32)}
-    rates["ours"] = measure_matmul_rate(device, torch.bfloat16) if device.type == "cuda" \
-        else rates["stock"]
-    with contextlib.redirect_stdout(sys.stderr):
-        clip = OpenClipAdapter("ViT-L-14", None).to(device) if "published" in args.ways else None
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, preset {args.preset}, "
-          f"medians of {args.rounds}\n")
-    print("| network | way | samples/s | ms a step | of it update | GB | GFLOP/s | of a matmul's "
-          "| ours is |\n|---|---|---|---|---|---|---|---|---|")
-    found = {}
-    for name in args.networks:
-        batch_size = args.batch_size or BATCH_SIZES[name]
-        preset, steps = PRESETS[args.preset], {}
-        if "published" in args.ways:
-            steps["(a) published"] = build_stock_step(name, PRESETS["seed"], batch_size, device,
-                                                      clip)
-        if "stock" in args.ways:
-            if name == "prior":
-                steps["(b) stock, 77 positions"] = build_stock_step(
-                    name, preset, batch_size, device, max_text_len=77)
-            steps["(b) stock"] = build_stock_step(name, preset, batch_size, device)
-        if "ours" in args.ways:
-            steps["(c) ours"] = build_our_step(name, preset, batch_size, device, args.compile)
-        found[name] = measure(steps, args.rounds, device)
-        print_rows(name, batch_size, found[name], rates)
-        if args.profile:
-            print_profile(*steps["(c) ours"], device)
-        steps.clear()
-        gc.collect()
-    print_decoder(args, found)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"args": vars(args), "found": found}, indent=1))
+# ----------------------------------------------------------------------------------------------
+# printing
 
 
-def print_rows(name, batch_size, rows, rates):
-    ours = rows.get("(c) ours")
-    for way, row in rows.items():
-        if ours and "(b) stock" in rows and way == "(c) ours":
-            row["gflop"] = rows["(b) stock"]["gflop"]  # the same mathematics
+def print_network(name, batch_size, results, matmul_rates):
+    ours = results.get("(c) ours")
+    if ours and "(b) stock" in results:
+        ours["gflop"] = results["(b) stock"]["gflop"]  # the same mathematics
+    for variant, row in results.items():
         rate = row["gflop"] / row["ms"] * 1e3
-        share = rate / rates["ours" if way == "(c) ours" else "stock"]
-        faster = f"{row['ms'] / ours['ms']:.2f}x" if ours else ""
-        print(f"| {name}, {batch_size} | {way} | {batch_size / row['ms'] * 1e3:.2f} "
-              f"| {row['ms']:.0f} | {row['update_ms']:.0f} | {row['gb']:.2f} | {rate:.0f} "
-              f"| {share:.0%} | {faster} |", flush=True)
+        share = rate / matmul_rates["ours" if variant == "(c) ours" else "stock"]
+        print_row(f"{name}, {batch_size}", variant, f"{batch_size / row['ms'] * 1e3:.2f}",
+                  f"{row['ms']:.0f}", f"{row['update_ms']:.0f}", f"{row['gb']:.2f}", f"{rate:.0f}",
+                  f"{share:.0%}", f"{row['ms'] / ours['ms']:.2f}x" if ours else "")
 
 
-def print_profile(compute, update, device):
-    """The operations that a step spends most of its time in."""
+def print_profile(compute, update, device_type):
+    """The operations in which a step spends the most time."""
     with torch.profiler.profile() as profile:
         compute()
         update()
-        read_clock(device)
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    print(profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15,
+        read_clock()
+    print(profile.key_averages().table(sort_by=f"self_{device_type}_time_total", row_limit=15,
                                        max_name_column_width=40))
 
 
-def print_decoder(args, found):
-    """Both stages together, a sample each."""
-    if not {"unet1", "unet2"} <= set(found) or "ours" not in args.ways:
+def print_both_stages(args, results):
+    """Rows for both decoder stages together, one sample each."""
+    if not {"unet1", "unet2"} <= results.keys() or "ours" not in args.variants:
         return
-    sizes = {name: args.batch_size or BATCH_SIZES[name] for name in found}
-    for way in found["unet1"]:
-        whole = {w: sum(found[name][w]["ms"] / sizes[name] for name in ("unet1", "unet2"))
-                 for w in (way, "(c) ours")}
-        print(f"| both stages | {way} | {1e3 / whole[way]:.2f} | | | | | "
-              f"| {whole[way] / whole['(c) ours']:.2f}x |")
+    batch_sizes = {name: args.batch_size or BATCH_SIZES[name] for name in results}
+    ms = {variant: sum(results[name][variant]["ms"] / batch_sizes[name]
+                       for name in ("unet1", "unet2")) for variant in results["unet1"]}
+    for variant, value in ms.items():
+        print_row("both stages", variant, f"{1e3 / value:.2f}", *[""] * 5,
+                  f"{value / ms['(c) ours']:.2f}x")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

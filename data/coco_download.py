@@ -1,8 +1,8 @@
-"""Fetches COCO 2014 into data/coco/{train2014,val2014,annotations}: 20 GB, 34 GB on the way.
+"""Downloads COCO 2014 into data/coco/{train2014,val2014,annotations}: 20 GB, up to 34 GB meanwhile.
 
-Stopped or killed at any moment, the same command goes on where it was: downloads continue by HTTP
-Range, an archive counts once its size and every checksum in it are right, unpacking skips the files
-that are there. Run again when everything is there, it looks at every file's size and returns.
+It can be stopped or killed at any moment; the same command resumes. Downloads continue by HTTP
+Range. An archive is unpacked after its size and all its checksums have been verified; files that
+are already unpacked are skipped. If everything is there, only the sizes of the files are checked.
 """
 
 import json
@@ -38,17 +38,17 @@ ARCHIVES = {  # by the folder that an archive unpacks to
     "train2014": Archive("zips/train2014.zip", 13_510_573_713, 82_783, ".jpg"),
     "val2014": Archive("zips/val2014.zip", 6_645_013_297, 40_504, ".jpg"),
 }
-TRIES = 8         # in a row without a single byte
+TRIES = 8         # in a row in which not a single byte arrives
 MAX_PAUSE = 60.0  # seconds
-WORKERS = 16      # photos fetched at a time by --max_images
+WORKERS = 16      # photos that --max_images downloads at a time
 
 
 class DownloadError(Exception):
-    """What went wrong, in one line."""
+    """A download failed; the message is one line."""
 
 
 class Retry(Exception):
-    """Something that may be better the next time."""
+    """A download failed in a way that may not happen again."""
 
 
 # ----------------------------------------------------------------------------------------------
@@ -56,11 +56,12 @@ class Retry(Exception):
 
 
 def download(url, path, num_bytes=None, pause=2.0, show=True):
-    """Streams `url` to `path` by way of `<path>.part`, continuing a part file that is there, and
-    trying again, with growing pauses, when the connection breaks or the server is in trouble.
+    """Streams `url` to `<path>.part` and renames it to `path`. An existing part file is continued.
+    If the connection breaks or the server reports a temporary error, tries again after a pause,
+    which doubles each time.
 
-    num_bytes: the size that the file must have; None is whatever the server says. Raises
-    DownloadError, naming the URL, on any other HTTP error and after `TRIES` tries in vain.
+    num_bytes: the size that the file must have; None: any. Raises DownloadError, naming the URL, on
+    any other HTTP error and after `TRIES` failed attempts.
     """
     part = path.with_name(path.name + ".part")
     tries = 0
@@ -74,7 +75,7 @@ def download(url, path, num_bytes=None, pause=2.0, show=True):
             tries = 1 if moved else tries + 1
             if tries == TRIES:
                 raise DownloadError(f"{url}: gave up after {TRIES} tries ({error}); run the same "
-                                    "command again to go on") from error
+                                    "command again to resume") from error
             seconds = min(MAX_PAUSE, pause * 2 ** (tries - 1))
             print(f"{url}: {error}; trying again in {seconds:.0f} s", flush=True)
             time.sleep(seconds)
@@ -95,23 +96,23 @@ def _download_rest(url, part, num_bytes, show):
             headers["If-Range"] = version["validator"]
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         status = response.status_code
-        if status == 416:  # nothing is left, or the file became shorter
+        if status == 416:  # the part file is complete, or the file became shorter
             if response.headers.get("Content-Range") == f"bytes */{have}" \
                     and num_bytes in (None, have):
                 return
             part.unlink()
-            raise Retry("the part file did not fit the server's file")
+            raise Retry("the part file does not match the server's file")
         if status == 429 or status >= 500:
             raise Retry(f"HTTP {status}")
         if status not in (200, 206):
             raise DownloadError(f"{url}: HTTP {status}")
         validator = _read_validator(response)
-        goes_on = status == 206 and validator == version["validator"] and \
+        continues = status == 206 and validator == version["validator"] and \
             response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if status == 206 and not goes_on:  # the file changed on the server
+        if status == 206 and not continues:  # the file changed on the server
             part.unlink()
             raise Retry("the file changed on the server")
-        start = have if goes_on else 0
+        start = have if continues else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else num_bytes
         if num_bytes and total != num_bytes:
@@ -119,7 +120,7 @@ def _download_rest(url, part, num_bytes, show):
             raise DownloadError(f"{url}: {total} bytes, {num_bytes} are expected")
         if total:
             check_disk(part.parent, total - start, f"download {url}")
-        if not goes_on:
+        if not continues:
             part.unlink(missing_ok=True)
             _write(version_path, json.dumps({"url": url, "validator": validator}).encode())
         with open(part, "ab") as file, tqdm(
@@ -140,7 +141,7 @@ def _version_path(part):
 
 
 def _read_validator(response):
-    """What tells this version of a file from another one: its strong ETag, or its date."""
+    """What identifies this version of a file: its strong ETag, or its date."""
     etag = response.headers.get("ETag", "")
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
@@ -178,7 +179,7 @@ def verify(archive, data_dir):
 
 
 def list_members(file, archive, data_dir):
-    """Files of an open archive; DownloadError where one would land outside of `data_dir`."""
+    """Files of an open archive; DownloadError if one would be written outside of `data_dir`."""
     root = data_dir.resolve()
     members = [member for member in file.infolist() if not member.is_dir()]
     for member in members:
@@ -190,7 +191,7 @@ def list_members(file, archive, data_dir):
 
 
 def unpack(archive, data_dir):
-    """Unpacks a verified archive below `data_dir`, skipping the files that are there in full.
+    """Unpacks a verified archive below `data_dir`; files that are already complete are skipped.
     Returns {file name: size} of its members."""
     with zipfile.ZipFile(archive) as file:
         members = list_members(file, archive, data_dir)
@@ -218,53 +219,53 @@ def _size(path):
 
 
 def fetch_archive(folder, data_dir, base_url):
-    """Path of the verified archive of `folder`, downloaded where it is not there."""
-    wanted = ARCHIVES[folder]
-    archive = data_dir / Path(wanted.path).name
-    if archive.exists():  # it got this name after it was verified
+    """Path of the verified archive of `folder`, downloaded if it is not there."""
+    expected = ARCHIVES[folder]
+    archive = data_dir / Path(expected.path).name
+    if archive.exists():  # it is renamed to this name after it is verified
         return archive
-    fresh = archive.with_name(archive.name + ".unverified")
+    unverified = archive.with_name(archive.name + ".unverified")
     for _ in range(3):
-        if not fresh.exists():
-            download(f"{base_url}/{wanted.path}", fresh,
-                     wanted.num_bytes if base_url == BASE_URL else None)
+        if not unverified.exists():
+            download(f"{base_url}/{expected.path}", unverified,
+                     expected.num_bytes if base_url == BASE_URL else None)
         try:
-            verify(fresh, data_dir)
-            fresh.replace(archive)
+            verify(unverified, data_dir)
+            unverified.replace(archive)
             return archive
         except Retry as error:
-            fresh.unlink()
-            print(f"{error}; fetching it again", flush=True)
+            unverified.unlink()
+            print(f"{error}; downloading it again", flush=True)
             problem = error
-    raise DownloadError(f"{base_url}/{wanted.path}: {problem}, three times")
+    raise DownloadError(f"{base_url}/{expected.path}: {problem}, three times")
 
 
 def fetch_folder(folder, data_dir, base_url, keep_zips):
-    """Brings `<data_dir>/<folder>` to all the files of its archive."""
-    wanted = ARCHIVES[folder]
-    listing = data_dir / f".{folder}.json"  # {file name: size}, once everything is there
+    """Downloads and unpacks what is missing in `<data_dir>/<folder>`."""
+    expected = ARCHIVES[folder]
+    listing = data_dir / f".{folder}.json"  # {file name: size}; written when everything is there
     if listing.exists():
         sizes = json.loads(listing.read_text())
         if all(_size(data_dir / folder / name) == size for name, size in sizes.items()):
             print(f"{data_dir / folder}: complete, {len(sizes)} files", flush=True)
             return
-    elif len(list((data_dir / folder).glob(f"*{wanted.suffix}"))) == wanted.num_files \
+    elif len(list((data_dir / folder).glob(f"*{expected.suffix}"))) == expected.num_files \
             and not (data_dir / f".{folder}.cut").exists():
-        print(f"{data_dir / folder}: complete, {wanted.num_files} files, not fetched by this "
-              "script: their sizes are not checked", flush=True)
+        print(f"{data_dir / folder}: complete, {expected.num_files} files; their sizes are not "
+              "checked, because this script did not download them", flush=True)
         return
     archive = fetch_archive(folder, data_dir, base_url)
     try:
         sizes = unpack(archive, data_dir)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         archive.unlink()
-        raise DownloadError(f"{archive} was damaged ({error}) and is removed; run the same command "
-                            "again to fetch it anew") from error
-    if len(sizes) != wanted.num_files:
-        told = f"{archive.name}: {len(sizes)} files, COCO 2014 has {wanted.num_files}"
+        raise DownloadError(f"{archive} was damaged ({error}) and has been removed; run the same "
+                            "command again to download it") from error
+    if len(sizes) != expected.num_files:
+        message = f"{archive.name}: {len(sizes)} files, COCO 2014 has {expected.num_files}"
         if base_url == BASE_URL:
-            raise DownloadError(told)
-        print(f"warning: {told}", flush=True)
+            raise DownloadError(message)
+        print(f"warning: {message}", flush=True)
     _write(listing, json.dumps(sizes).encode())
     (data_dir / f".{folder}.cut").unlink(missing_ok=True)
     if not keep_zips:
@@ -273,28 +274,28 @@ def fetch_folder(folder, data_dir, base_url, keep_zips):
 
 
 # ----------------------------------------------------------------------------------------------
-# a small real set
+# a small part of COCO
 
 
 def fetch_some(split, data_dir, base_url, num_images):
     """The first `num_images` photos of a split, and its captions file cut to them."""
     folder, name = f"{split}2014", f"annotations/captions_{split}2014.json"
     if (data_dir / f".{folder}.json").exists():
-        print(f"{data_dir / folder}: the whole split is here already", flush=True)
+        print(f"{data_dir / folder}: the whole split is already here", flush=True)
         return
     with zipfile.ZipFile(fetch_archive("annotations", data_dir, base_url)) as file:
         captions = json.loads(file.read(name))
     images = captions["images"][:num_images]
     kept = {image["id"] for image in images}
     (data_dir / folder).mkdir(exist_ok=True)
-    todo = [image["file_name"] for image in images
-            if not (data_dir / folder / image["file_name"]).exists()]
+    missing = [image["file_name"] for image in images
+               if not (data_dir / folder / image["file_name"]).exists()]
     fetch = partial(_fetch_photo, f"{base_url}/{folder}", data_dir / folder)
     with ThreadPoolExecutor(WORKERS) as pool, tqdm(
-            total=len(images), initial=len(images) - len(todo), desc=folder, unit=" photos",
+            total=len(images), initial=len(images) - len(missing), desc=folder, unit=" photos",
             disable=None) as progress:
         try:
-            for _ in pool.map(fetch, todo):
+            for _ in pool.map(fetch, missing):
                 progress.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -311,17 +312,17 @@ def fetch_some(split, data_dir, base_url, num_images):
 
 
 def _fetch_photo(url, folder, name):
-    """Fetches one photo; a JPEG must begin and end as one, or it is fetched again."""
+    """Downloads one photo, again if it does not begin and end as a JPEG does."""
     path = folder / name
-    fresh = folder / f".{name}.unverified"
+    unverified = folder / f".{name}.unverified"
     for _ in range(3):
-        download(f"{url}/{name}", fresh, show=False)
-        content = fresh.read_bytes()
+        download(f"{url}/{name}", unverified, show=False)
+        content = unverified.read_bytes()
         if content[:2] == b"\xff\xd8" and content.rstrip(b"\0")[-2:] == b"\xff\xd9":
-            fresh.replace(path)
+            unverified.replace(path)
             return
-        fresh.unlink()
-    raise DownloadError(f"{url}/{name}: what the server sends is no whole JPEG")
+        unverified.unlink()
+    raise DownloadError(f"{url}/{name}: the server does not send a complete JPEG")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -329,26 +330,26 @@ def _fetch_photo(url, folder, name):
 
 
 def check_total_disk(folders, data_dir):
-    """DownloadError where the disk cannot hold what is still to be fetched; every archive is
-    removed before the next one comes."""
+    """DownloadError if the disk is too small for what is missing; every archive is removed before
+    the next one is downloaded."""
     missing = [ARCHIVES[folder].num_bytes for folder in folders
                if not (data_dir / f".{folder}.json").exists()
                and not (data_dir / folder).exists()
                and not list(data_dir.glob(f"{Path(ARCHIVES[folder].path).name}*"))]
     if missing:
         check_disk(data_dir, sum(missing) + max(missing), "download and unpack COCO 2014 "
-                   "(--max_images fetches less)")
+                   "(--max_images downloads less)")
 
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", default="data/coco", help="where the folders go")
+    parser.add_argument("--data_dir", default="data/coco", help="folder for the data set")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"])
     parser.add_argument("--base_url", default=BASE_URL, help="server, or a mirror of it; sizes and "
-                        "counts of COCO 2014 are demanded of the original only")
+                        "counts of COCO 2014 are required from the original server only")
     parser.add_argument("--keep_zips", action="store_true", help="keep the archives")
-    parser.add_argument("--max_images", type=cli.at_least(1), help="a small set: so many photos a "
-                        "split, one by one, and the captions file cut to them (None: everything)")
+    parser.add_argument("--max_images", type=cli.at_least(1), help="download only this many "
+                        "photos of each split, and cut the captions file to them (None: all)")
     return parser.parse_args()
 
 
@@ -370,7 +371,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,7 +1,7 @@
 """Prepares a data set for training: decodes each photo once and embeds it with its captions.
 
-Training does the same by itself when it finds nothing prepared. What comes out, and how large it
-is, stands in data/README.md.
+Training does the same by itself if nothing is prepared. docs/data.md lists the files and their
+sizes.
 """
 
 import os
@@ -19,10 +19,10 @@ def main():
     cli.add_data_flags(parser)
     cli.add_clip_flags(parser)
     parser.add_argument("--image_format", choices=list(BYTES_A_PICTURE),
-                        help="how pictures are kept: uint8, 197 KB each, or jpeg of quality 95, "
-                        "about 36 KB, for small disks (None: the format the store has, or uint8)")
+                        help="how pictures are stored: as uint8, 197 KB each, or as JPEG of "
+                        "quality 95, about 36 KB (None: as in an existing store, or uint8)")
     parser.add_argument("--strict", action="store_true",
-                        help="stop at a picture that cannot be read, instead of leaving it out")
+                        help="stop at a picture that cannot be read instead of leaving it out")
     args = parser.parse_args()
     cli.check_data(args)
     stores = cli.open_stores(args, cli.load_clip(args), image_format=args.image_format,

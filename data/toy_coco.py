@@ -1,13 +1,13 @@
-"""A procedurally drawn data set in COCO captions format, and the judge that reads its pictures.
+"""Draws a data set in COCO captions format, and reads the attributes of rendered pictures back.
 
     python data/toy_coco.py --output_dir data/toy_coco          # draw the data set
     python data/toy_coco.py --judge result/manifest.json        # score rendered pictures
 
 Every picture shows one or two objects, each with a color, a shape, a size and a place, on a plain
 background. The held-out rule: number the words of `COLORS`, `SHAPES`, `SIZES`, `PLACES` and
-`BACKGROUNDS` from 0; a train picture never shows an object whose five numbers add up to a multiple
-of 4 (a small red circle on the left of white: 0; a large green circle in the center of black: 8;
-...); every val picture shows at least one such object.
+`BACKGROUNDS` from 0. A training picture never shows an object whose five numbers add up to a
+multiple of 4 (a small red circle on the left of white: 0; a large green circle in the center of
+black: 8; ...). Every validation picture shows at least one such object.
 """
 
 import json
@@ -50,7 +50,7 @@ ATTRIBUTES = ("background", "count", "color", "shape", "size", "place")
 
 
 def is_held_out(item, background):
-    """Whether only val pictures show an object of this description: 160 of 640."""
+    """Whether only validation pictures show such an object; true for 160 of 640 descriptions."""
     numbers = (list(COLORS).index(item["color"]), list(SHAPES).index(item["shape"]),
                list(SIZES).index(item["size"]), list(PLACES).index(item["place"]),
                list(BACKGROUNDS).index(background))
@@ -174,15 +174,15 @@ def draw_record(index, *, split, seed, output_dir):
 
 
 def write_split(output_dir, split, num_images, seed, num_workers):
-    """Writes `<split>/*.jpg` and `captions_<split>.json`; a finished split is left as it is."""
+    """Writes `<split>/*.jpg` and `captions_<split>.json`; a finished split is not drawn again."""
     annot_path = Path(output_dir) / f"captions_{split}.json"
     info = {"description": "toy COCO", "seed": seed, "num_images": num_images}
     if annot_path.exists() and json.loads(annot_path.read_text())["info"] == info:
-        print(f"{annot_path}: there already, {num_images} pictures")
+        print(f"{annot_path}: exists already, {num_images} pictures")
         return
     (Path(output_dir) / split).mkdir(parents=True, exist_ok=True)
     make = partial(draw_record, split=split, seed=seed, output_dir=output_dir)
-    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:  # threads do not fork
+    with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:  # threads forbid fork
         records = list(tqdm(pool.map(make, range(num_images), chunksize=32), desc=f"toy {split}",
                             total=num_images, unit=" pictures", disable=None))
     images, annotations = [], []
@@ -205,7 +205,7 @@ def write_split(output_dir, split, num_images, seed, num_workers):
 @cache
 def shape_templates(side=32):
     """{shape: masks (angles, side, side)}: each shape cut to its bounding box, as `find_objects`
-    does with what it finds."""
+    cuts the objects that it finds."""
     templates = {}
     for shape in SHAPES:
         masks = []
@@ -266,9 +266,9 @@ def find_objects(image, side=128, threshold=50.0):
 def check_attributes(image, attributes):
     """Which of `attributes` the picture shows.
 
-    Each described object is compared with the object found nearest to its place, whatever that one
-    looks like; each found object answers for one description. Returns {attribute: list of bool}:
-    one bool for "background" and "count", one an object for the others.
+    Each described object is compared with the found object that is nearest to its place, whatever
+    it looks like; a found object is compared with one description only. Returns {attribute: list of
+    bool}: one bool for "background" and "count", one for each object for the others.
     """
     background, found = find_objects(image)
     described = attributes["objects"]
@@ -304,13 +304,13 @@ def load_attributes(annot_path):
 
 
 def judge_manifests(manifests, annot_path, num_shifts=7):
-    """Prints the accuracy of the pictures of each `manifest.json`, and of the first one's pictures
-    under other pictures' captions, which is chance. Returns {column: {attribute: share right}}."""
+    """Prints the accuracy of the pictures of each `manifest.json`, and as "chance" that of those
+    of the first one with other captions. Returns {column: {attribute: share right}}."""
     truth = load_attributes(annot_path)
     columns = {}
     for number, path in enumerate(manifests):
         entries = [entry for entry in json.loads(Path(path).read_text())["images"]
-                   if entry["image_id"] in truth]  # the folder may show prompts too
+                   if entry["image_id"] in truth]  # the folder may hold pictures of prompts too
         pictures = [Image.open(Path(path).parent / e["file"]).convert("RGB") for e in entries]
         wanted = [truth[e["image_id"]] for e in entries]
         columns[Path(path).parent.name] = compute_accuracy(map_check(pictures, wanted))
@@ -336,10 +336,11 @@ def map_check(pictures, wanted):
 
 def main():
     parser = cli.Parser(__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="data/toy_coco", help="where the data set goes")
-    parser.add_argument("--num_train", type=cli.at_least(1), default=12000, help="train pictures")
+    parser.add_argument("--output_dir", default="data/toy_coco", help="folder for the data set")
+    parser.add_argument("--num_train", type=cli.at_least(1), default=12000, help="number of "
+                        "training pictures")
     parser.add_argument("--num_val", type=cli.at_least(1), default=600,
-                        help="val pictures (held-out combinations)")
+                        help="number of validation pictures (held-out combinations)")
     parser.add_argument("--seed", type=cli.at_least(0), default=0)
     parser.add_argument("--num_workers", type=cli.at_least(1), default=os.cpu_count())
     parser.add_argument("--judge", nargs="+", metavar="MANIFEST",

@@ -1,8 +1,8 @@
-# Sourced by the other scripts, from the root of the repository. Sets PY to the interpreter to use.
+# Sourced by the other scripts in the root of the repository. Sets PY, the Python interpreter.
 #   VENV=/path         use this environment and create it if it does not exist; if VENV is not set:
 #                      .venv, or the active environment if it has the packages and .venv is missing
 #   PYTHON=python3.12  the interpreter for creating a new environment
-# `need FILE...` installs requirements files; it does nothing for a file that has not changed since.
+# `need FILE...` installs requirements files that have changed since they were last installed.
 set -eu
 
 if [ -z "${VENV:-}" ]; then
@@ -16,7 +16,7 @@ PY=$VENV/bin/python
 
 need() {
     if [ ! -x "$PY" ]; then
-        echo "making the environment $VENV (about 2 minutes and 6 GB)"
+        echo "creating the environment $VENV (about 2 minutes and 6 GB)"
         "${PYTHON:-python3}" -m venv "$VENV"
     fi
     for requirements in "$@"; do

@@ -1,6 +1,6 @@
-# Sourced by train_prior.sh and train_decoder.sh. `launch SCRIPT FLAG...` replaces the shell by that
-# training script: on the CPU or on one GPU directly, on several GPUs with `accelerate launch`.
-# LAUNCH_ARGS holds other arguments for `accelerate launch`, for example for several machines.
+# Sourced by train_prior.sh and train_decoder.sh. `launch SCRIPT FLAG...` runs a training script in
+# place of the shell: directly on the CPU or one GPU, with `accelerate launch` on several GPUs.
+# LAUNCH_ARGS sets other arguments for `accelerate launch`, for example for several machines.
 set -eu
 
 launch() {

@@ -1,8 +1,9 @@
 #!/bin/sh
 # The whole chain on a machine without a GPU: draws a small data set, trains CLIP, prior and decoder
-# on it from zero, renders captions that no training picture shows, and counts what is right.
+# on it from scratch, renders captions that no training picture shows, and counts how many of their
+# attributes are right.
 # Hardware: 2 CPU cores, 8 GB of memory. Disk: 6 GB for the environment, 3 GB for output/quickstart.
-# Time: about 15 minutes on 2 cores, plus 2 to make the environment once. The same command resumes.
+# Time: about 15 minutes on 2 cores, plus 2 to create the environment. The same command resumes.
 #   SEED=1 OUT=output/quickstart1 sh scripts/quickstart.sh     another seed, another folder
 set -eu
 cd "$(dirname "$0")/.."
@@ -28,7 +29,7 @@ set -- --preset toy --seed "$seed" --store_dir "$out/store" \
     --train_img_path "$toy/train" --train_annot_path "$toy/captions_train.json" \
     --val_img_path "$toy/val" --val_annot_path "$toy/captions_val.json"
 
-stage "3/7 CLIP: pictures and captions into one space"
+stage "3/7 CLIP: pictures and captions -> one embedding space"
 "$PY" train_clip.py "$@" --output_dir "$out/clip"
 set -- "$@" --clip_pretrained "$out/clip/clip.safetensors"
 
@@ -43,7 +44,7 @@ render() {
     folder=$1
     shift
     if [ -f "$folder/manifest.json" ]; then
-        echo "$folder: rendered already"
+        echo "$folder: already rendered"
         return
     fi
     "$PY" test_dalle2.py --test_img_path "$toy/val" --test_annot_path "$toy/captions_val.json" \
@@ -56,5 +57,5 @@ render "$out/from_true_embedding" --init_from_true_embedding
 stage "7/7 judging: which attributes of the captions do the pictures show?"
 "$PY" data/toy_coco.py --judge "$out/from_text/manifest.json" \
     "$out/from_true_embedding/manifest.json" --annot_path "$toy/captions_val.json"
-printf '\nDone in %d min. Pictures: %s/from_text, open %s/from_text/index.html\n' \
-    $((($(date +%s) - start) / 60)) "$out" "$out"
+printf '\nDone in %d min. Open %s/from_text/index.html to see the pictures.\n' \
+    $((($(date +%s) - start) / 60)) "$out"

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Installs what the tests need and runs them: without --slow those that take seconds, with it all of
-# them; other flags go to pytest. No GPU, no data.
-# Time on two cores: under 4 minutes, with --slow about 10; and 2 to make the environment once.
+# Installs what the tests need and runs the quick ones, or all of them with --slow. Other flags are
+# passed to pytest. Needs no GPU and no data.
+# Time on two cores: under 4 minutes, with --slow about 10, plus 2 to create the environment.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

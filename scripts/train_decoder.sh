@@ -1,10 +1,10 @@
 #!/bin/sh
-# Trains the decoder on COCO 2014 (data/coco_download.py fetches it), or on other data that flags
-# name (`python train_decoder.py --help`). Trains one stage after the other, or the one that
+# Trains the decoder on COCO 2014 (downloaded by data/coco_download.py), or on data given by flags
+# (`python train_decoder.py --help`). Trains one stage after another, or only the stage that
 # --unet_number names. The same command resumes.
-# Hardware: one 80 GB GPU or several smaller ones for the preset base (default), one 12 GB GPU for
-# small, 2 CPU cores for toy. On GPUs no preset has been run yet.
-# Disk: 27 GB for the prepared store, which prior and decoder share, beside 20 GB for COCO.
+# Hardware: one 80 GB GPU or several smaller ones for preset base (the default), one 12 GB GPU for
+# small, 2 CPU cores for toy. No preset has been run on a GPU yet.
+# Disk: 20 GB for COCO and 27 GB for the prepared store, which prior and decoder share.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

@@ -151,7 +151,7 @@ def test_a_first_stage_is_chosen_by_cmmd_in_the_eyes_of_a_judge(choose, folder, 
         drawn[key] = sampling.sample_images(sampling.build_stages([stages[1]], UNETS[:1]),
                                             torch.tensor(store.image_embed).float(), SEEDS)
     other = write_clip(tmp_path / "other.safetensors", seed=1, noise=0.2)
-    for judge, flags, which in ((clip_path, [], ", which conditions the decoder too"),
+    for judge, flags, which in ((clip_path, [], ", which also conditions the decoder"),
                                 (other, ["--judge_clip_pretrained", other], " pictures, CLIP ")):
         clip = load_clip("", str(judge))
         expected = {key: compute_mmd(lambda x, y: 1000 * math.exp(-(x - y).square().sum() / 200),
@@ -196,7 +196,7 @@ def test_a_stage_is_written_beside_the_others(folder, tmp_path, capsys):
     before = load_export(run.export, "decoder")
     best = {"export": "decoder.safetensors", "step": 0, "sigma_rel": None, "score": 1.0}
     write_chosen(run, best, "cmmd")
-    assert "holds the best already" in capsys.readouterr().out
+    assert "already holds the best" in capsys.readouterr().out
     assert load_export(run.export, "decoder")[0] == before[0]
     write_chosen(run, best | {"export": None, "step": 4, "sigma_rel": 0.2}, "cmmd")
     header, weights = load_export(run.export, "decoder")

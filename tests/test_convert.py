@@ -122,7 +122,7 @@ def test_the_sizes_of_the_public_prior_are_read_from_its_weights():
 
 
 @pytest.mark.parametrize("content, told", [
-    (b"junk", "no file of tensors"), ({"x": torch.zeros(3)}, "neither a prior nor a decoder"),
+    (b"junk", "not a file of tensors"), ({"x": torch.zeros(3)}, "neither a prior nor a decoder"),
     ({"unets.0.x": torch.zeros(3)}, "do not fit")])
 def test_other_files_are_refused_in_a_line(run_convert, tmp_path, content, told, capsys):
     path = tmp_path / "a.pt"

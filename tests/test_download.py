@@ -310,5 +310,5 @@ def test_a_photo_that_is_no_jpeg_is_named(server, tmp_path):
     server.files = make_coco()
     server.files["/val2014/COCO_val2014_000000000003.jpg"] = b"<html>sorry</html>"
     code, _, err = run_cli(server, tmp_path, "--max_images", "5", "--splits", "val")
-    assert code == 1 and "COCO_val2014_000000000003.jpg: what the server sends is no whole" in err
+    assert code == 1 and "COCO_val2014_000000000003.jpg: the server does not send a complete" in err
     assert not (tmp_path / "val2014/COCO_val2014_000000000003.jpg").exists()

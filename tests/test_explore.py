@@ -271,7 +271,7 @@ TEXT = ["--from", "a", "--to", "b"]
     ("reconstruct", ["--photo", PHOTO, "--prior_ckpt", "no.safetensors"],
      "--prior_ckpt: no such file"),
     ("reconstruct", ["--photo", PHOTO, "--output_dir", "README.md"],
-     "--output_dir: README.md is no folder")])
+     "--output_dir: README.md is not a folder")])
 def test_bad_input_is_refused_in_a_line(run_explore, tmp_path, command, flags, told):
     check_refused(run_explore(command, *flags), told)
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """The shape of the repository: who imports whom, and that what the README names is there."""
 
 import ast
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -49,8 +50,17 @@ def test_a_library_has_one_importer_and_an_entry_script_none():
         assert not names & {"train_prior", "train_decoder", "train_clip", "test_dalle2"}, path
 
 
+def test_what_a_benchmark_imports_is_there():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("dalle2."):
+                module = importlib.import_module(node.module)
+                missing = [a.name for a in node.names if not hasattr(module, a.name)]
+                assert not missing, f"{path.name}: {node.module} has no {missing}"
+
+
 def test_scripts_are_posix_sh():
-    for path in (ROOT / "scripts").glob("*.sh"):
+    for path in [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh")]:
         assert subprocess.run(["sh", "-n", path]).returncode == 0
         if path.read_text().startswith("#!"):
             assert "set -eu" in path.read_text(), path

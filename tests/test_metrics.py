@@ -82,7 +82,7 @@ def compute_cmmd_slowly(x, y):
 
 @pytest.mark.parametrize("rows", [3, 1024])
 def test_cmmd_is_that_of_the_paper(monkeypatch, rows):
-    monkeypatch.setattr(metrics, "ROWS_A_STEP", rows)
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", rows)
     x, y = draw_embeds(13, 0, 4.0), draw_embeds(20, 1)
     expected = compute_cmmd_slowly(x, y)
     assert expected > 0.1
@@ -116,7 +116,7 @@ def test_other_captions_are_fixed_and_never_the_own_words():
 
 @pytest.mark.parametrize("rows", [7, 1024])
 def test_r_precision_counts_pictures_nearest_to_their_own_caption(monkeypatch, rows):
-    monkeypatch.setattr(metrics, "ROWS_A_STEP", rows)
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", rows)
     image_embed, text_embed = draw_embeds(50, 0), draw_embeds(30, 1)
     draw = random.Random(0)
     own = torch.tensor([draw.randrange(30) for _ in range(50)])
@@ -145,7 +145,7 @@ def test_diversity_is_the_mean_distance_of_pairs():
 
 
 def test_memorization_tells_copies_from_new_pictures(monkeypatch):
-    monkeypatch.setattr(metrics, "ROWS_A_STEP", 7)
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", 7)
     train, photos = draw_embeds(300, 0), draw_embeds(100, 1)
     copies = compute_memorization(train[:40], train, photos, torch.full((40,), -1))
     assert copies["nearest_train_cosine"] == pytest.approx(1) and copies["nearer_to_train"] == 1

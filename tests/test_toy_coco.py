@@ -90,4 +90,4 @@ def test_same_seed_same_data_and_a_finished_split_stays(toy, tmp_path, capsys):
         assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
     capsys.readouterr()
     toy_coco.write_split(tmp_path, "train", 64, seed=0, num_workers=1)
-    assert "there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""What is run beside training: `python -m dalle2.tools.NAME`. The core never imports it."""
+"""Commands beside training: `python -m dalle2.tools.NAME`. The core never imports them."""

@@ -1,6 +1,6 @@
 """A page in the browser that renders prompts. Optional: it needs Gradio.
 
-It is served from this machine alone: no share link, no telemetry, no font from the net.
+Everything is served from this machine: no share link, no telemetry, no fonts from the internet.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from dalle2.rng import derive_seed
 
 SEED = derive_seed(0, 0) % 2 ** 31  # of the first picture of test_dalle2.py --seed 0
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 31)"  # JavaScript
-FONTS = "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"  # what a system has
+FONTS = "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"  # that operating systems have
 CSS = """
 .gradio-container {max-width: 1000px !important; width: 100%; margin: auto}
 .submit-button {background: var(--button-primary-background-fill) !important; color: white}
@@ -37,8 +37,8 @@ def parse_args():
     add_checkpoint_flags(parser)
     page = parser.add_argument_group("page")
     page.add_argument("--host", default="127.0.0.1",
-                      help="listen on this address; 0.0.0.0: on all that this machine has")
-    page.add_argument("--port", type=int, default=7860, help="and on this port")
+                      help="address to listen on; 0.0.0.0: every address of this machine")
+    page.add_argument("--port", type=int, default=7860, help="port to listen on")
     return parser.parse_args()
 
 
@@ -60,23 +60,24 @@ def render(pipeline, prompt, seed, cond_scale, prior_cond_scale, sample_timestep
 
     sample_timesteps: the prior's and each stage's. picture: uint8 (H, W, 3). report: the settings,
     clip_score, and `stages`, a list of {"stage", "sample_timesteps", "seconds"}. Raises UserError
-    where prompt or seed is missing.
+    if prompt or seed is missing.
     """
     prompt = (prompt or "").strip()
     if not prompt:
-        raise UserError("The prompt is empty: type what the picture shall show.")
+        raise UserError("The prompt is empty: type what the picture should show.")
     if seed is None:
         raise UserError("The seed is empty: type a whole number.")
     options = pipeline.resolve_options(cond_scale=cond_scale, prior_cond_scale=prior_cond_scale,
                                        sample_timesteps=sample_timesteps)
     times = [read_clock()]
-    watched = replace(pipeline, stages=[replace(stage, unet=watch_start(stage.unet, times))
-                                        for stage in pipeline.stages])
-    sample = watched.sample([prompt], [seed], options)
+    timed = replace(pipeline, stages=[replace(stage, unet=record_start(stage.unet, times))
+                                      for stage in pipeline.stages])
+    sample = timed.sample([prompt], [seed], options)
     times.append(read_clock())
     score = (pipeline.clip.embed_image(sample.image) * sample.text_embed).sum().item()
-    stages = [{"stage": name, "sample_timesteps": own.sample_timesteps, "seconds": end - start}
-              for (name, _), own, start, end in zip(
+    stages = [{"stage": name, "sample_timesteps": stage_options.sample_timesteps,
+               "seconds": end - start}
+              for (name, _), stage_options, start, end in zip(
                   list_stages(pipeline), options, times, times[1:])]
     report = {"seed": seed, "cond_scale": cond_scale, "prior_cond_scale": prior_cond_scale,
               "clip_score": score, "stages": stages}
@@ -90,7 +91,7 @@ def list_stages(pipeline):
               for stage in pipeline.stages)]
 
 
-def watch_start(unet, times):
+def record_start(unet, times):
     """`unet` as a function that appends the time of its first call to `times`."""
     started = []
 
@@ -103,7 +104,7 @@ def watch_start(unet, times):
 
 
 def read_clock():
-    """Seconds, once a GPU has computed what it was given."""
+    """Seconds, after a GPU has finished what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -139,7 +140,7 @@ def build_page(pipeline):
         return picture, format_report(report)
 
     with gr.Blocks(title="DALL-E 2", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        prompt = gr.Textbox(label="Prompt", placeholder="what the picture shall show",
+        prompt = gr.Textbox(label="Prompt", placeholder="what the picture should show",
                             autofocus=True, submit_btn="Render")
         with gr.Row():
             with gr.Column():
@@ -168,16 +169,16 @@ def serve_page(page, host, port):
     import gradio as gr
     fonts = [gr.themes.Font(name) for name in FONTS]
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
-    os.environ["no_proxy"] = f"{direct},localhost,{host}"  # Gradio asks itself whether it is up
+    os.environ["no_proxy"] = f"{direct},localhost,{host}"  # Gradio checks whether its server runs
     page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True,
                 show_error=True, footer_links=[], css=CSS, prevent_thread_lock=True,
                 theme=gr.themes.Default(font=fonts, font_mono=fonts))
-    print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    print(f"http://{host}:{port} (Ctrl-C stops it)", flush=True)
     page.block_thread()
 
 
 def check_port(host, port):
-    """Raises UserError where nothing can listen there."""
+    """Raises UserError if the address cannot be listened on."""
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

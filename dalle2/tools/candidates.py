@@ -1,4 +1,4 @@
-"""The weights that a finished run leaves to choose from, and what a network draws with them."""
+"""The weights of a run that can be chosen, and what its network draws with them."""
 
 import json
 import re
@@ -39,7 +39,7 @@ class Run:
 
 
 def open_run(folder):
-    """The Run in `folder`; UserError where there is none."""
+    """The Run in `folder`; UserError if there is none."""
     folder = Path(folder).resolve()
     try:
         header = json.loads((folder / "config.json").read_text())
@@ -48,20 +48,20 @@ def open_run(folder):
     number = re.fullmatch(r"unet([1-9]\d*)", folder.name)
     is_prior = "max_text_len" in header.get("config", {})
     if not is_prior and not (number and "lowres_size" in header):
-        raise UserError(f"{folder} is the run of neither a prior nor a decoder's stage", "run_dir")
+        raise UserError(f"{folder} is neither the run of a prior nor of a decoder stage", "run_dir")
     return Run(folder, header, 0 if is_prior else int(number[1]))
 
 
 def list_candidates(args, run):
     """[{"step", "sigma_rel", "mismatch", "export", "sources"}], first the averages, then the
-    exports, whose sigma_rel and mismatch are None; sources: the files that the weights come from.
+    exports, whose sigma_rel and mismatch are None. sources: the files with the weights.
     """
-    kept = sorted({step for step, _ in list_snapshots(run.folder)})
-    for step in set(args.steps or ()) - set(kept):
+    saved_steps = sorted({step for step, _ in list_snapshots(run.folder)})
+    for step in set(args.steps or ()) - set(saved_steps):
         raise UserError(f"{run.folder} has no averages of step {step}, only of "
-                        f"{', '.join(map(str, kept)) or 'none'}", "steps")
+                        f"{', '.join(map(str, saved_steps)) or 'none'}", "steps")
     candidates = []
-    for step in sorted(set(args.steps or kept))[-args.last_steps:]:  # -0: all
+    for step in sorted(set(args.steps or saved_steps))[-args.last_steps:]:  # -0: all
         snapshots = list_snapshots(run.folder, step)
         candidates += [{"step": step, "sigma_rel": sigma_rel, "export": None,
                         "mismatch": solve_weights(list(snapshots), step, sigma_rel)[1],
@@ -71,7 +71,7 @@ def list_candidates(args, run):
         record = read_export_header(path, run.kind) if path.is_file() else None
         if record and run.unet_number:
             record = record["stages"][run.unet_number - 1]
-        if record and "chosen" not in record:  # what was chosen is among the others
+        if record and "chosen" not in record:  # chosen weights are candidates already
             candidates.append({"step": record["step"], "sigma_rel": None, "export": path.name,
                                "mismatch": None, "sources": [path]})
     if not candidates:
@@ -93,9 +93,9 @@ def load_weights(run, candidate):
 
 
 def write_chosen(run, best, metric):
-    """Puts the best into the run's export."""
+    """Writes the weights of the candidate `best` into the run's export."""
     if best["export"] == run.export.name:
-        return print(f"{run.export} holds the best already")
+        return print(f"{run.export} already holds the best weights")
     with hold_lock(run.folder / ".lock", wait=False, told=UserError(
             f"{run.folder} is in use by another process", "write")):
         record = {"step": best["step"], "chosen": {
@@ -118,8 +118,8 @@ def write_chosen(run, best, metric):
 
 
 def load_true_and_conditions(run, store):
-    """What the run should draw, image_embed (N, D) or image (N, 3, H, W) in [0, 1], and a list of
-    tensors (N, ...) that it draws from."""
+    """(true, conditions): what the network should draw, image_embed (N, D) or image (N, 3, H, W) in
+    [0, 1], and a list of tensors (N, ...) that it draws it from."""
     def load_images(size):
         images = store.images if size == store.images.shape[-1] else store.load_small_images(size)
         return torch.tensor(images[:]) / 255
@@ -137,5 +137,5 @@ def draw(run, network, conditions, seeds):
     """image_embed (B, D), or image (B, 3, H, W) in [0, 1]."""
     if run.unet_number == 0:
         return sample_image_embed(network, run.config, *conditions, seeds)
-    stage = Stage(network, run.config, run.unet_number)  # a later one draws from true pictures
+    stage = Stage(network, run.config, run.unet_number)  # a later stage draws from photos
     return stage.sample(*conditions, seeds)

@@ -1,9 +1,9 @@
 """Weights to and from the stock classes of dalle2-pytorch: `python -m dalle2.tools.convert`.
 
-An export of ours becomes the state dict of `DiffusionPrior` or `Decoder`, which those load with
-`strict=True`. Their state dicts, and files whose network lies under `net.` or `ema_model.net.` such
-as the public LAION prior, become an export. The sizes of a prior are read from its weights; those
-of a decoder are the `--preset`'s.
+An export becomes a state dict of the library's `DiffusionPrior` or `Decoder`, which they load with
+`strict=True`. In the other direction, such a state dict becomes an export, and so does a file with
+a network under `net.` or `ema_model.net.`, such as the public LAION prior. The sizes of a prior are
+read from its weights; those of a decoder are given by `--preset`.
 """
 
 from dataclasses import replace
@@ -28,8 +28,10 @@ from dalle2.models import (
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, help="an export of ours, or a file of torch.save")
-    parser.add_argument("--output", required=True, help=".pt from an export, .safetensors into one")
+    parser.add_argument("--input", required=True, help="an export of this project, or a file of "
+                        "torch.save")
+    parser.add_argument("--output", required=True, help=".pt for the library, .safetensors for an "
+                        "export")
     parser.add_argument("--preset", default="base", choices=list(PRESETS),
                         help="sizes of a stock decoder's stages")
     cli.add_clip_flags(parser)
@@ -47,7 +49,7 @@ def main():
     try:
         state = find_state(torch.load(args.input, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise UserError(f"{args.input} is no file of tensors "
+        raise UserError(f"{args.input} is not a file of tensors "
                         f"({str(error).splitlines()[0]})", "input") from error
     header = cli.describe_clip(args, cli.load_clip(args), Path(args.output).parent or ".")
     kind, header, state = convert_from_stock(state, header, PRESETS[args.preset])
@@ -56,7 +58,7 @@ def main():
 
 
 def convert_to_stock(path, kind):
-    """{name: tensor}: what the stock class of the same sizes and schedule has as its state dict."""
+    """{name: tensor}: the state dict of the library's class of the same sizes and schedule."""
     if kind == "prior":
         network, config, header = load_prior(path)
         return build_stock_prior(network, config, header["embed_dim"]).state_dict()
@@ -71,7 +73,7 @@ def convert_to_stock(path, kind):
 
 
 def find_state(loaded):
-    """The {name: tensor} inside what a file holds, the averaged weights where there are any."""
+    """The {name: tensor} in what a file holds: the averaged weights, if there are any."""
     for key in ("ema_model", "model", "state_dict"):
         if isinstance(loaded.get(key), dict):
             return find_state(loaded[key])
@@ -82,7 +84,7 @@ def find_state(loaded):
 
 
 def convert_from_stock(state, header, preset):
-    """(kind, header of the export, its weights). Raises UserError where the weights do not fit."""
+    """(kind, header of the export, its weights). Raises UserError if the weights do not fit."""
     if any(name.startswith("unets.") for name in state):
         kept = {name: value for name, value in state.items() if name.startswith("unets.")}
         configs = preset.decoder.unets

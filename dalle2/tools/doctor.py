@@ -1,7 +1,8 @@
-"""Checks data, CLIP and machine before a long training, in a minute.
+"""Checks data, CLIP and machine before a long training, in about a minute.
 
-Takes the flags of the training scripts. Every line begins with ok, warning or error; a warning or
-error says what to do. Writes five random pairs to look at; prepares and trains nothing.
+Takes the data and CLIP flags of the training scripts. Every line begins with ok, warning or error;
+a warning or an error says what to do. Writes a picture of five random photos with their captions;
+prepares and trains nothing.
 """
 
 import math
@@ -30,7 +31,7 @@ from dalle2.prepare import BYTES_A_PICTURE
 from dalle2.validation import compute_recall
 
 NUM_PICTURES, NUM_CAPTIONS, NUM_PAIRS = 64, 2000, 5
-SECONDS_A_NETWORK, REPEATS = 8.0, 3  # of timing
+SECONDS_A_NETWORK, REPEATS = 8.0, 3  # for timing a training step
 
 
 class Report:
@@ -50,7 +51,7 @@ class Report:
         print(f"error    {text}", flush=True)
 
     def check(self, good, text, advice, level="warning"):
-        """`text` if it is `good`, otherwise `text` and what to do, as `level`."""
+        """Prints `text` as ok if `good`, otherwise `text` and the advice as a `level`."""
         self.ok(text) if good else getattr(self, level)(f"{text}: {advice}")
 
 
@@ -58,10 +59,11 @@ def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
     cli.add_data_flags(parser)
     cli.add_clip_flags(parser)
-    parser.add_argument("--output_dir", default="output/doctor", help="where the five pairs go")
+    parser.add_argument("--output_dir", default="output/doctor", help="folder for the five "
+                        "photos with captions")
     parser.add_argument("--preset", default="base", choices=list(PRESETS),
-                        help="whose training time is estimated")
-    parser.add_argument("--seed", type=int, default=0, help="of the random pictures")
+                        help="preset whose training time is estimated")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing pictures")
     return parser.parse_args()
 
 
@@ -88,11 +90,12 @@ def main():
 
 
 def check_captions(args, report):
-    """The train records; counts of both splits are reported."""
+    """Reports the counts of both splits. Returns the captioned images of the train split."""
     for split in ("val", "train"):
         annot_path, img_path = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
         if split == "val" and not annot_path:
-            report.warning("no validation split: give --val_annot_path, to see over-training")
+            report.warning("no validation data, so over-training cannot be seen: give "
+                           "--val_annot_path")
             continue
         with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
             records = load_captions(annot_path, img_path)
@@ -105,7 +108,7 @@ def check_captions(args, report):
 
 
 def check_pictures(sample, report):
-    """[(record, image (3, 256, 256) uint8)] of those that can be read."""
+    """[(record, image (3, 256, 256) uint8)] of the pictures that can be read."""
     pictures, start = [], time.perf_counter()
     for record in sample:
         try:
@@ -114,14 +117,14 @@ def check_pictures(sample, report):
             report.warning(f"{record.path}: {error}; it will be left out")
     rate = len(sample) / (time.perf_counter() - start)
     report.check(pictures, f"{len(pictures)} of {len(sample)} random pictures can be read, "
-                 f"{rate:.0f} a second on one core", "look at --train_img_path", "error")
+                 f"{rate:.0f} a second on one core", "check --train_img_path", "error")
     if pictures:
         pixels = torch.stack([image for _, image in pictures]).float()
         low, high, mean, flat = (pixels.min(), pixels.max(), pixels.mean(),
                                  (pixels.std((1, 2, 3)) < 2).sum())
         report.check(high > 200 and low < 55 and flat < len(pictures) / 4,
                      f"pixels from {low:.0f} to {high:.0f}, mean {mean:.0f}, {flat} pictures of "
-                     "one color", "these do not look like photographs; look at the pairs")
+                     "one color", "these do not look like photographs; check pairs.jpg")
     return pictures
 
 
@@ -143,7 +146,7 @@ def save_pairs(pairs, path):
 
 
 def check_clip(args, records, pictures, preset, report):
-    """The FrozenClip, or None where it cannot be had."""
+    """The FrozenClip, or None if it cannot be loaded."""
     try:
         clip = cli.load_clip(args)
     except UserError as error:
@@ -156,7 +159,7 @@ def check_clip(args, records, pictures, preset, report):
     captions = [caption for record in records for caption in record.captions]
     captions = random.Random(0).sample(captions, min(NUM_CAPTIONS, len(captions)))
     start = time.perf_counter()
-    text_tokens = clip.tokenize(captions)  # begins with start and holds end, or it raises
+    text_tokens = clip.tokenize(captions)  # raises if a start or end token is missing
     rate = len(captions) / (time.perf_counter() - start)
     lengths = clip.compute_text_mask(text_tokens).sum(1)
     limit = preset.prior.max_text_len
@@ -186,7 +189,7 @@ def check_embeddings(clip, pictures, report):
                  f"CLIP: cosine of picture and its caption {matching:.3f}, another caption "
                  f"{shuffled:.3f}, recall@1 among {len(pictures)}: {recall:.2f} (chance "
                  f"{1 / len(pictures):.2f})", "this CLIP does not tell these captions apart; train "
-                 "it longer, or look whether pictures and captions belong together")
+                 "it longer, or check that pictures and captions belong together")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -217,8 +220,9 @@ def check_machine(args, records, clip, report):
 
 
 def estimate_training(preset, embed_dim, report):
-    """Times the computation of each network of the preset on this machine: as many rows at a time
-    as pay, and once a step the optimizer and the average. Loading of data is not timed."""
+    """Times a training step of each network of the preset on this machine: forward and backward
+    pass at the number of rows that is cheapest, and the update of weights and average. Loading of
+    data is not timed."""
     device = cli.pick_device()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as training does
@@ -234,8 +238,8 @@ def estimate_training(preset, embed_dim, report):
         rows, seconds, update = time_step(
             network.to(device), train, draw_inputs, min(share, train.device_batch_size or share))
         hours = (seconds / rows * share + update) * train.num_steps / 3600
-        told = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
-        report.check(hours < 24 * 30, f"{name}: about {told} for {train.num_steps} steps of "
+        duration = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+        report.check(hours < 24 * 30, f"{name}: about {duration} for {train.num_steps} steps of "
                      f"{train.batch_size} on {where} (timed: {rows} rows at a time, "
                      f"{1000 * seconds / rows:.3g} ms a row; optimizer and average "
                      f"{1000 * update:.3g} ms a step)", "choose a smaller --preset, more devices "
@@ -259,8 +263,8 @@ def draw_unet_inputs(config, number, embed_dim, device, rows):
 
 
 def time_step(network, train, draw_inputs, most):
-    """(rows, seconds that forward and backward take for them, seconds of an update), of as many
-    rows at a time as pay, `most` at most. train: TrainConfig."""
+    """(rows, seconds of a forward and backward pass of so many, seconds of an update). rows: the
+    cheapest number for one row, at most `most`. train: TrainConfig."""
     device = next(network.parameters()).device
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
     optimizers = build_optimizers(network, train)
@@ -284,9 +288,9 @@ def time_step(network, train, draw_inputs, most):
 
 
 def find_rows(compute, most, budget=SECONDS_A_NETWORK):
-    """(rows, seconds that `compute(rows)` takes) where a row is cheapest. Rows are doubled up to
-    `most`, until two doublings on end make a row less than a tenth cheaper, CUDA's memory is full,
-    or the next would go beyond `budget` s."""
+    """(rows, seconds of `compute(rows)`) where a row takes the least time. Rows are doubled up to
+    `most`, until two doublings in a row make a row less than a tenth cheaper, CUDA's memory is
+    full, or the next would exceed `budget` seconds."""
     rows, misses, seconds = 1, 0, time_call(partial(compute, 1))
     best, end = (rows, seconds), time.perf_counter() + budget
     while rows < most and misses < 2 and time.perf_counter() + 2 * REPEATS * seconds < end:
@@ -302,8 +306,8 @@ def find_rows(compute, most, budget=SECONDS_A_NETWORK):
 
 
 def time_call(call):
-    """Seconds of the fastest of a few calls, of one alone where that takes long. The first may
-    build and fetch what the rest find there."""
+    """Seconds of the fastest of a few calls, or of a single one if that takes long. The first call
+    may be slower, because it compiles or allocates."""
     seconds = []
     while len(seconds) < REPEATS and sum(seconds) < SECONDS_A_NETWORK / 4:
         start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Photos changed by one's own checkpoints: `python -m dalle2.tools.explore COMMAND --photo FILE`.
+"""Changes photos with trained checkpoints: `python -m dalle2.tools.explore COMMAND --photo FILE`.
 
-Section 3 of Ramesh et al. 2022 (arXiv 2204.06125). Two things describe a photo: its CLIP image
-embedding, and the noise x_T from which DDIM draws it again in the decoder's first stage. A command
-changes one or the other and writes one JPEG strip of 256 px pictures. The later stages work as in
+Section 3 of Ramesh et al. 2022 (arXiv 2204.06125). A photo is represented by its CLIP image
+embedding and by the noise x_T from which DDIM reconstructs it in the decoder's first stage. A
+command changes one of them and writes a JPEG strip of 256 px pictures. The later stages work as in
 test_dalle2.py.
 """
 
@@ -38,12 +38,12 @@ from dalle2.sampling import (
     sample_images,
 )
 
-INVERSION_STEPS = 50  # at least; squared error of the toy decoder with 10: .0023, 50, 250: .0015
-MAX_ERROR = 1.5       # a perfect network's is about 1
+INVERSION_STEPS = 50  # minimum; squared error of the toy decoder: .0023 with 10, .0015 with 50, 250
+MAX_ERROR = 1.5       # in units of sigma; that of a perfect network is about 1
 
 
 def build_command_parser(prog, description, **_):
-    """A cli.Parser for one command, in the way in which argparse asks for it."""
+    """A cli.Parser for one command; argparse calls it."""
     parser = cli.Parser(description)
     parser.prog = prog
     return parser
@@ -62,20 +62,21 @@ def parse_args():
             command.add_argument("--from", dest="from_caption", required=True,
                                  help="caption of the photo")
             command.add_argument("--to", dest="to_caption", required=True,
-                                 help="caption of what it shall become")
+                                 help="caption of the wanted picture")
             command.add_argument("--theta", type=float, default=0.5,
-                                 help="how far to go, 1 is all the way; the paper has .25 to .50")
+                                 help="how far to go, 1 is all the way; the paper uses .25 to .50")
         if name == "variations":
             command.add_argument("--eta", type=float, default=1.0,
-                                 help="of DDIM: 0 repeats the photo, 1 strays the furthest")
+                                 help="of DDIM: 0 repeats the photo, 1 varies it most")
         if name != "reconstruct":
             command.add_argument("--num", type=int, default=7, help="pictures beside the photo")
-        command.add_argument("--output_dir", default="explore", help="where the strip goes")
+        command.add_argument("--output_dir", default="explore", help="folder for the strip")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--sample_timesteps", type=int,
-                             help="DDIM steps of the first stage (None: its own)")
+                             help="DDIM steps of the first stage (None: the config's)")
         command.add_argument("--cond_scale", type=float,
-                             help="guidance of the first stage, 1 is none (None: its own)")
+                             help="guidance of the first stage, 1 is none (None: the "
+                             "config's)")
         add_checkpoint_flags(command)
     return parser.parse_args()
 
@@ -86,16 +87,16 @@ def main():
     photos = torch.stack([load_photo(path) for path in args.photo])  # (N, 3, 256, 256) uint8
     pipeline = load_pipeline(args, cli.pick_device())
     strip = COMMANDS[args.command](pipeline, photos, args)
-    words = [args.command, *(Path(path).stem for path in args.photo)]
+    title = [args.command, *(Path(path).stem for path in args.photo)]
     if args.command == "textdiff":
-        words += ["to", args.to_caption]
-    path = Path(args.output_dir) / f"{make_file_stem(' '.join(words))}.jpg"
+        title += ["to", args.to_caption]
+    path = Path(args.output_dir) / f"{make_file_stem(' '.join(title))}.jpg"
     save_jpeg(arrange(strip, columns=len(strip)), path)
     print(path)
 
 
 def check_args(args):
-    """Raises UserError, naming the flag, where a value makes no sense."""
+    """Raises UserError for a value that makes no sense."""
     count = 2 if args.command in TWO_PHOTOS else 1
     if len(args.photo) != count:
         raise UserError(f"{args.command} takes {count}, {len(args.photo)} given", "photo")
@@ -109,11 +110,11 @@ def check_args(args):
         if not getattr(args, f"{flag}_caption", "none").strip():
             raise UserError("the caption is empty", flag)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
-        raise UserError(f"{args.output_dir} is no folder", "output_dir")
+        raise UserError(f"{args.output_dir} is not a folder", "output_dir")
 
 
 def load_photo(path):
-    """(3, 256, 256) uint8; UserError where there is no such picture."""
+    """(3, 256, 256) uint8; UserError if there is no such picture."""
     if not os.path.isfile(path):
         raise UserError(f"no such file: {path}", "photo")
     try:
@@ -127,9 +128,9 @@ def load_photo(path):
 
 
 def variations(pipeline, photos, args):
-    """The photo, and others of its embedding and inverted noise, drawn by DDIM with --eta > 0.
+    """The photo, and pictures drawn from its embedding and inverted noise by DDIM with --eta > 0.
 
-    Section 3.1. What they share is what the embedding holds, and places, which the noise holds.
+    Section 3.1. The pictures share what the embedding holds, and the layout, which the noise holds.
     """
     image_embed = pipeline.embed_images(photos)  # (1, D)
     x_t = invert(pipeline, photos, image_embed, args)
@@ -138,9 +139,9 @@ def variations(pipeline, photos, args):
 
 
 def reconstruct(pipeline, photos, args):
-    """The photo, its reconstruction from the inverted noise, and one from random noise.
+    """The photo, its reconstruction from the inverted noise, and a picture from random noise.
 
-    Section 3.1, DDIM with eta 0: the third shows what the embedding holds by itself.
+    Section 3.1, DDIM with eta 0. The third picture shows what the embedding alone holds.
     """
     image_embed = pipeline.embed_images(photos)  # (1, D)
     x_t = invert(pipeline, photos, image_embed, args)
@@ -149,10 +150,10 @@ def reconstruct(pipeline, photos, args):
 
 
 def interpolate(pipeline, photos, args):
-    """From one photo to another: both, and between them --num steps from the one to the other.
+    """Two photos, and between them --num pictures that change from the first to the second.
 
-    Section 3.2, the first of its two ways: embeddings and inverted noises are both slerped, so that
-    the first and the last step are the reconstructions (DDIM with eta 0).
+    Section 3.2, the first of its two methods: embeddings and inverted noises are both interpolated
+    by slerp, so that the first and the last step are reconstructions (DDIM with eta 0).
     """
     image_embed = pipeline.embed_images(photos)  # (2, D)
     x_t = invert(pipeline, photos, image_embed, args)
@@ -163,10 +164,10 @@ def interpolate(pipeline, photos, args):
 
 
 def textdiff(pipeline, photos, args):
-    """The photo, and --num steps away from its caption --from towards another, --to.
+    """The photo, and --num pictures that change from the caption --from to the caption --to.
 
-    Section 3.3: slerp of the image embedding to norm(z_text - z_text_0), from 0 to --theta; the
-    inverted noise is kept (DDIM with eta 0).
+    Section 3.3: slerp of the image embedding towards norm(z_text - z_text_0), from 0 to --theta;
+    the inverted noise stays the same (DDIM with eta 0).
     """
     before, after = pipeline.embed_captions([args.from_caption, args.to_caption])[0]  # (D,) each
     image_embed = pipeline.embed_images(photos)  # (1, D)
@@ -182,15 +183,15 @@ COMMANDS = {function.__name__: function
 
 
 # ----------------------------------------------------------------------------------------------
-# there and back
+# inversion and decoding
 
 
 def slerp(a, b, t):
     """From a at t = 0 to b at t = 1 along the great circle (Shoemake 1985), row by row.
 
     a, b: (B, ...), each row one vector; t: a number or (B,); B may be 1 in any of them. Unit
-    vectors stay such. Parallel vectors are joined by a line, as opposite ones, between which no
-    great circle is the shortest.
+    vectors stay unit vectors. Parallel and opposite vectors, for which the great circle is not
+    unique, are interpolated linearly.
     """
     shape = -1, *(1,) * (a.ndim - 1)
     t = torch.as_tensor(t, dtype=a.dtype, device=a.device).view(shape)
@@ -205,7 +206,8 @@ def slerp(a, b, t):
 @torch.no_grad()
 def invert(pipeline, photos, image_embed, args):
     """The first stage's noise x_T (B, 3, h, w) for photos (B, 3, 256, 256) uint8 and image_embed
-    (B, D): DDIM backwards, guided as `decode` is, in INVERSION_STEPS or more. A photo alone."""
+    (B, D), by DDIM inversion with the guidance of `decode` and INVERSION_STEPS or more steps. The
+    photos are inverted one by one."""
     stage, photos = pipeline.stages[0], photos.to(image_embed.device)
 
     def invert_photo(photo, embed):
@@ -228,12 +230,12 @@ def build_first_denoiser(stage, image_embed, args):
 
 
 def find_start(denoise, x_start, noise, levels):
-    """Where the inversion begins: (x_t, levels down to it). x_start (1, 3, h, w) noised to the
-    least noisy level at which `denoise` errs by less than MAX_ERROR sigma.
+    """Where the inversion starts: (x_t, levels down to it). x_t is x_start (1, 3, h, w) noised to
+    the least noisy level at which the error of `denoise` is below MAX_ERROR sigma.
 
-    A DDIM step divides that error by sigma: begun nearer to the clean picture, the inversion of a
-    network that predicts x_start ends in noise many times too large. Noised, because the network
-    has never seen a clean picture that is said to be noisy.
+    A DDIM step divides that error by sigma. If the inversion of a network that predicts x_start
+    started nearer to the clean picture, it would end in noise that is many times too large. The
+    photo is noised because the network has never seen a clean picture at a noisy level.
     """
     for index in reversed(range(len(levels) - 1)):
         level = levels[index]
@@ -246,7 +248,7 @@ def find_start(denoise, x_start, noise, levels):
 @torch.no_grad()
 def decode(pipeline, image_embed, x_t, seeds, args, eta=0.0):
     """image (B, 3, 256, 256) in [0, 1] of image_embed (B or 1, D) and the first stage's noise x_t
-    (B or 1, 3, h, w), by DDIM; seeds: B, of all other noise."""
+    (B or 1, 3, h, w), by DDIM. seeds: B, for all other noise."""
     first, *later = pipeline.stages
     levels = compute_levels(build_diffusion(first.config, "cpu"),
                             args.sample_timesteps or first.config.sample_timesteps)

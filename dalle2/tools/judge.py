@@ -1,4 +1,4 @@
-"""What looks at pictures and captions to score them: CLIP and, where it can be had, Inception."""
+"""Embeds pictures and captions to score them: by CLIP and, if it can be loaded, by Inception."""
 
 import os
 import sys
@@ -24,19 +24,19 @@ NUM_OTHER_CAPTIONS, EMBED_BATCH_SIZE = 99, 64
 
 @dataclass
 class Judge:
-    """What looks at pictures: a CLIP and, where it can be had, the Inception-v3 of FID."""
+    """What embeds pictures: a CLIP and, if it can be loaded, the Inception-v3 of FID."""
 
     clip: FrozenClip
-    clips: dict             # which CLIP this is, which one conditions the pictures, if both are one
+    clips: dict              # {"judge": this CLIP, "condition": that of the decoder, "same": bool}
     inception: Callable | None
-    use_precision: Callable  # of the Pipeline: the context in which CLIP looks at pictures
+    use_precision: Callable  # of the Pipeline: the context in which CLIP embeds pictures
 
     def embed_files(self, paths, name):
-        """Photos of those of the picture files that can be read, each through load_image. The
-        processes of a launch share the work, whole batches each, and all have the result."""
+        """The Embedded of the picture files that can be read, by load_image. The processes of a
+        launch share the work in whole batches, and each of them returns the result."""
         state = join_processes()
         parts = split(range(len(paths)), EMBED_BATCH_SIZE)[state.process_index::state.num_processes]
-        found = []  # (rows, embed, features) of a batch
+        batches = []  # (rows, embed, features) each
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
                 tqdm(total=sum(map(len, parts)), desc=f"embedding {name}", unit=" pictures",
                      disable=not state.is_main_process,
@@ -50,24 +50,24 @@ class Judge:
                     with self.use_precision():
                         embed = self.clip.embed_image(batch).cpu()
                     features = self.inception(batch) if self.inception else None
-                    found.append((list(images), embed, features))
-        found = sorted(gather_object(found), key=lambda batch: batch[0])
-        embed = torch.cat([torch.zeros(0, self.clip.embed_dim), *(part[1] for part in found)])
-        features = torch.cat([part[2] for part in found]) if found and self.inception else None
-        return Photos(embed.to(self.clip.device), features, [row for part in found
-                                                             for row in part[0]])
+                    batches.append((list(images), embed, features))
+        batches = sorted(gather_object(batches), key=lambda batch: batch[0])
+        rows = [row for batch in batches for row in batch[0]]
+        embed = torch.cat([torch.zeros(0, self.clip.embed_dim), *(batch[1] for batch in batches)])
+        features = torch.cat([batch[2] for batch in batches]) if rows and self.inception else None
+        return Embedded(embed.to(self.clip.device), features, rows)
 
 
 @dataclass
-class Photos:
-    """Picture files, embedded."""
+class Embedded:
+    """Picture files, rendered ones or photos, embedded by a Judge."""
 
     embed: torch.Tensor             # (M, D), by CLIP
     features: torch.Tensor | None   # (M, F), by Inception
-    rows: list                      # (M,) of the files: which ones could be read
+    rows: list                      # (M,) indexes of those files that could be read
 
 
-def load_judge(args, pipeline, notes, device):
+def load_judge(args, pipeline, warnings, device):
     keys = "clip_model", "clip_pretrained", "fingerprint"
     condition = {key: pipeline.header["clip"][key] for key in keys}
     clip, record = pipeline.clip, condition
@@ -79,16 +79,17 @@ def load_judge(args, pipeline, notes, device):
         record = dict(zip(keys, (model, args.judge_clip_pretrained, clip.fingerprint)))
     same = record["fingerprint"] == condition["fingerprint"]
     if same:
-        notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
-                   "them: name another by --judge_clip_model and --judge_clip_pretrained")
-    inception = load_inception(args, notes, device) if args.fid and not args.sweep else None
+        warnings.add("the CLIP that scores is the one that conditions the pictures, which "
+                     "flatters them: name another with --judge_clip_model and "
+                     "--judge_clip_pretrained")
+    inception = load_inception(args, warnings, device) if args.fid and not args.sweep else None
     return Judge(clip, {"judge": record, "condition": condition, "same": same}, inception,
                  pipeline.use_precision)
 
 
-def load_inception(args, notes, device):
-    """metrics.load_inception in every process, or None in every one: the first, which also fetches
-    it, decides."""
+def load_inception(args, warnings, device):
+    """metrics.load_inception in every process. None in every process if the first one, which also
+    downloads the weights, cannot load it."""
     state, inception = join_processes(), None
     with share_errors():
         if state.is_main_process:
@@ -97,31 +98,31 @@ def load_inception(args, notes, device):
             except UserError as error:
                 if args.inception_weights:
                     raise
-                notes.warn(f"no FID and no KID: {error}")
-    (is_there,) = broadcast_object_list([inception is not None])
-    if is_there and not state.is_main_process:
+                warnings.add(f"no FID and no KID: {error}")
+    (is_loaded,) = broadcast_object_list([inception is not None])
+    if is_loaded and not state.is_main_process:
         inception = metrics.load_inception(args.inception_weights, device)
     return inception
 
 
 @dataclass
 class Captions:
-    """text_embed (P, D) of different captions; own (N,): the row of each picture's; others (N, K):
-    rows of those that R-precision sets against it."""
+    """text_embed (P, D) of distinct captions; own (N,): the row of each picture's caption; others
+    (N, K): the rows of the captions that R-precision compares it with."""
 
     text_embed: torch.Tensor
     own: torch.Tensor
     others: torch.Tensor
 
     def compare(self, image_embed, rows):
-        """CLIP score and R-precision of image_embed (n, D), pictures `rows` (n,) of the list."""
+        """CLIP score and R-precision of image_embed (n, D), pictures of captions `rows` (n,)."""
         own, others = self.own[list(rows)], self.others[list(rows)]
         return {"clip_score": (image_embed * self.text_embed[own]).sum(-1).mean().item(),
                 "r_precision": metrics.compute_r_precision(image_embed, self.text_embed, own,
                                                            others)}
 
     def compare_photos(self, photos):
-        """The same of the true photos of these captions, as a scale; None where none is there."""
+        """The same scores of the true photos of these captions; None if there are none."""
         rows = [row for row in photos.rows if row < len(self.own)]  # they come first
         scores = self.compare(photos.embed[:len(rows)], rows) if rows else \
             {"clip_score": None, "r_precision": None}
@@ -129,8 +130,8 @@ class Captions:
 
 
 def embed_captions(judge, captions, num_images):
-    """Captions of the first num_images strings, and of a few more where these are too few for
-    R-precision."""
+    """The Captions of the first num_images strings; if they are too few for R-precision, a few more
+    strings are used for comparison."""
     pool, own, others = metrics.draw_other_captions(
         captions[:max(num_images, NUM_OTHER_CAPTIONS + 1)], NUM_OTHER_CAPTIONS)
     text_embed = torch.cat([judge.clip.embed_text(judge.clip.tokenize(part))[0]
@@ -139,26 +140,26 @@ def embed_captions(judge, captions, num_images):
     return Captions(text_embed, own, others)
 
 
-def embed_photos(judge, paths, split_name, notes):
-    """Photos of the files; a warning for those that cannot be read."""
+def embed_photos(judge, paths, split_name, warnings):
+    """The Embedded of the files; a warning for those that cannot be read."""
     photos = judge.embed_files(paths, f"{split_name} photos")
-    lost = f"--{split_name}_img_path: {len(paths) - len(photos.rows)} of {len(paths)} photos " \
+    unread = f"--{split_name}_img_path: {len(paths) - len(photos.rows)} of {len(paths)} photos " \
         "cannot be read"
     if len(photos.rows) < 2:
-        raise UserError(f"{lost}; 2 are needed")
+        raise UserError(f"{unread}; 2 are needed")
     if len(photos.rows) < len(paths):
-        notes.warn(f"{lost} and are left out")
+        warnings.add(f"{unread} and are left out")
     return photos
 
 
-def embed_train(args, judge, notes):
-    """(T, D) of the train photos, from their store where one is named; made by the first process
-    alone, so that the others have None."""
+def embed_train(args, judge, warnings):
+    """image_embed (T, D) of the training photos. With --store_dir from their store, which only the
+    first process opens: the others return None."""
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         if not args.store_dir:
             records = load_captions(args.train_annot_path, args.train_img_path)
             return embed_photos(replace(judge, inception=None), [r.path for r in records],
-                                "train", notes).embed
+                                "train", warnings).embed
         if not join_processes().is_main_process:
             return None
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
@@ -167,7 +168,7 @@ def embed_train(args, judge, notes):
 
 
 # ----------------------------------------------------------------------------------------------
-# small things
+# helpers
 
 
 def split(items, size):
