@@ -47,8 +47,8 @@ def main():
     for label, config, parameters, flops, saved_bytes, kernels in list_networks(args.preset):
         train = config.train
         for num_gpus in LINK_RATE:
-            rows = min(train.batch_size // num_gpus,
-                       count_fitting_rows(args.gigabytes, parameters, saved_bytes))
+            rows = max(1, min(train.batch_size // num_gpus,
+                              count_fitting_rows(args.gigabytes, parameters, saved_bytes)))
             seconds, floor = (compute_step_seconds(parameters, flops, saved_bytes, kernels,
                                                    train.batch_size, num_gpus, efficiency, rows)
                               for efficiency in (EFFICIENCY, 1))
