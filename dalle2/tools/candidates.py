@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from dalle2.checkpoint import load_export, read_export_header, save_export
 from dalle2.config import PriorConfig, UnetConfig, config_from_dict
-from dalle2.ema import list_snapshots, solve_weights, synthesize
 from dalle2.errors import UserError
 from dalle2.files import hold_lock
 from dalle2.models import build_prior, build_unet
 from dalle2.sampling import Stage, sample_image_embed
+from dalle2.tools.averages import list_snapshots, solve_weights, synthesize
 
 
 @dataclass

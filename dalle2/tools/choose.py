@@ -1,9 +1,9 @@
 """Chooses the weights of a run by what they draw: `python -m dalle2.tools.choose --run_dir FOLDER`.
 
-Candidates are averages of several lengths at several steps (dalle2.ema) and the run's exports. All
+Candidates are averages of several lengths at several steps (dalle2.tools.averages) and the run's exports. All
 draw for the same held-out photos from the same seeds: a prior embeddings for the first caption of
 each, a first decoder stage pictures from their embeddings, a later one from their small versions.
-Run again, it goes on with the scores that `choice.json` holds.
+Run again, it resumes with the scores that `choice.json` holds.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import torch
 
 from dalle2 import cli
 from dalle2.clip import load_clip
-from dalle2.ema import MAX_SIGMA_REL
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import to_uint8
@@ -22,6 +21,7 @@ from dalle2.pipeline import load_matching_clip
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
 from dalle2.tools import metrics
+from dalle2.tools.averages import MAX_SIGMA_REL
 from dalle2.tools.candidates import (
     describe,
     draw,
@@ -167,7 +167,7 @@ def compute_mmd(kernel, drawn, true):
 
 METRICS = {  # of features drawn (N, F) and true (N, F), in the same order
     "cosine": lambda drawn, true: (drawn * true).sum(-1).mean().item(),
-    # the kernels of dalle2.metrics.compute_cmmd and of Binkowski et al. 2018 (arXiv 1801.01401)
+    # the kernels of metrics.compute_cmmd and of Binkowski et al. 2018 (arXiv 1801.01401)
     "cmmd": partial(compute_mmd, lambda x, y: metrics.CMMD_SCALE * torch.exp(
         -torch.cdist(x, y).square() / (2 * metrics.CMMD_SIGMA ** 2))),
     "kid": partial(compute_mmd, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)}
