@@ -29,13 +29,9 @@ import torch  # noqa: E402
 
 from dalle2.cli import pick_device  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
-from dalle2.models import (  # noqa: E402
-    build_prior,
-    build_stock_decoder,
-    build_stock_prior,
-    build_unet,
-)
+from dalle2.models import build_prior, build_unet  # noqa: E402
 from dalle2.sampling import build_stages, sample_image_embed, sample_images  # noqa: E402
+from dalle2.tools.convert import build_stock_decoder, build_stock_prior  # noqa: E402
 
 
 def main():

@@ -21,7 +21,7 @@ from dalle2.config import (
     validate_config,
 )
 from dalle2.errors import UserError
-from dalle2.fast_modules import library, restore_modules, swap_modules
+from dalle2.fast_modules import library, swap_modules
 from dalle2.files import hold_lock
 
 
@@ -99,25 +99,6 @@ def list_blocks(network):
         return [feed_forward for _, feed_forward in network.causal_transformer.layers]
     kinds = library.ResnetBlock, library.RearrangeToSequence, library.PixelShuffleUpsample
     return [part for part in network.modules() if isinstance(part, kinds)]
-
-
-def build_stock_prior(network, config, embed_dim):
-    """dalle2_pytorch's DiffusionPrior around a network of `build_prior`, made stock again."""
-    return library.DiffusionPrior(restore_modules(network), image_embed_dim=embed_dim,
-                                  timesteps=config.timesteps, beta_schedule=config.beta_schedule,
-                                  text_cond_drop_prob=config.text_cond_drop_prob)
-
-
-def build_stock_decoder(unets, configs):
-    """dalle2_pytorch's Decoder around networks of `build_unet`, made stock again, with their
-    UnetConfigs."""
-    return library.Decoder(
-        tuple(map(restore_modules, unets)), image_sizes=tuple(c.image_size for c in configs),
-        timesteps=configs[0].timesteps, beta_schedule=tuple(c.beta_schedule for c in configs),
-        predict_x_start=tuple(c.objective == "x_start" for c in configs),
-        predict_v=tuple(c.objective == "v" for c in configs), learned_variance=False,
-        image_cond_drop_prob=configs[0].image_cond_drop_prob, text_cond_drop_prob=1.0,
-        use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
 
 
 def load_prior(path):

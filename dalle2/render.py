@@ -17,7 +17,6 @@ from tqdm import tqdm
 from dalle2.cli import add_precision_flag, at_least
 from dalle2.data import load_captions
 from dalle2.errors import UserError, rename_argument
-from dalle2.files import replace_file
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
 from dalle2.processes import join_processes, share_errors
@@ -294,9 +293,3 @@ def find_nearest(args, clip, output_dir, entries):
                                   "cosine": round(cosine.item(), 4)}
         found.append((torch.from_numpy(np.array(store.images[int(index)])), cosine.item()))
     return found
-
-
-def save_manifest(output_dir, settings, entries):
-    """`manifest.json`: the settings, and what each picture is."""
-    replace_file(Path(output_dir) / "manifest.json", lambda part: part.write_text(json.dumps(
-        {"settings": settings, "images": entries}, indent=1, ensure_ascii=False)))

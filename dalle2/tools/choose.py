@@ -1,9 +1,9 @@
 """Chooses the weights of a run by what they draw: `python -m dalle2.tools.choose --run_dir FOLDER`.
 
-Candidates are averages of several lengths at several steps (dalle2.tools.averages) and the run's exports. All
-draw for the same held-out photos from the same seeds: a prior embeddings for the first caption of
-each, a first decoder stage pictures from their embeddings, a later one from their small versions.
-Run again, it resumes with the scores that `choice.json` holds.
+Candidates are averages of several lengths at several steps (dalle2.tools.averages) and the run's
+exports. All draw for the same held-out photos from the same seeds: a prior embeddings for the first
+caption of each, a first decoder stage pictures from their embeddings, a later one from their small
+versions. Run again, it resumes with the scores that `choice.json` holds.
 """
 
 import hashlib
