@@ -137,7 +137,7 @@ def save_decoder_stage(path, unet_number, config, state, header, step, num_stage
     """Puts the weights `state` of one stage after `step` steps into a decoder export, beside the
     other stages that it holds. A lock keeps two stages that are trained at the same time from
     losing each other's weights."""
-    with hold_lock(path.with_name(f".{path.name}.lock"), told=f"waiting for {path}"):
+    with hold_lock(path.with_name(f".{path.name}.lock"), f"waiting for {path}"):
         stages, weights = [None] * num_stages, {}
         if path.exists():
             before, weights = load_export(path, "decoder")

@@ -158,8 +158,9 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
     rendered again; options: of Pipeline.resolve_options; batch_size: None: 16 on a CPU, 256 on a
     GPU, halved where its memory does not suffice; from_photos: from the embedding of the job's
     photo instead of its caption's. Returns a list of {"file", "caption", "image_id", "seed",
-    "clip_score"} in the order of `jobs`. Raises UserError, in all processes, where a picture is
-    not finite; it is not saved.
+    "clip_score"} in the order of `jobs`, with the "photo" of the job, where it has one, relative to
+    `output_dir`. Raises UserError, in all processes, where a picture is not finite; it is not
+    saved.
     """
     state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -187,7 +188,8 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
             file.flush()
             bar.update(len(batch))
     done |= {get_key(entry): entry for entry in gather_object(entries)}
-    return [done[get_key(job.describe())] for job in jobs]
+    return [done[get_key(job.describe())] | (
+        {"photo": os.path.relpath(job.photo, output_dir)} if job.photo else {}) for job in jobs]
 
 
 def render_batches(pipeline, jobs, size, options, from_photos):
@@ -267,13 +269,6 @@ def pick_best(entries, count):
     """The entry of the best CLIP score of each `count` in a row."""
     return [max(entries[i:i + count], key=lambda entry: entry["clip_score"])
             for i in range(0, len(entries), count)]
-
-
-def add_photos(entries, jobs, output_dir):
-    """The entries of `jobs` with the "photo" of their caption, relative to `output_dir`."""
-    return [entry if job.photo is None else
-            {**entry, "photo": os.path.relpath(job.photo, output_dir)}
-            for entry, job in zip(entries, jobs)]
 
 
 def find_nearest(args, clip, output_dir, entries):

@@ -96,7 +96,7 @@ def write_chosen(run, best, metric):
     """Puts the best into the run's export."""
     if best["export"] == run.export.name:
         return print(f"{run.export} holds the best already")
-    with hold_lock(run.folder / ".lock", wait=False, told=UserError(
+    with hold_lock(run.folder / ".lock", UserError(
             f"{run.folder} is in use by another process", "write")):
         record = {"step": best["step"], "chosen": {
             "step": best["step"], "sigma_rel": best["sigma_rel"], "metric": metric,

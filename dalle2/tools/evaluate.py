@@ -120,7 +120,7 @@ def main():
     with contextlib.ExitStack() as stack:
         with share_errors():
             if state.is_main_process:
-                stack.enter_context(hold_lock(output_dir / ".lock", wait=False, told=UserError(
+                stack.enter_context(hold_lock(output_dir / ".lock", UserError(
                     f"another process writes to {output_dir}", "output_dir")))
                 for folder, settings, _ in runs:
                     claim_folder(folder, settings)
