@@ -261,10 +261,10 @@ def fetch_folder(folder, data_dir, base_url, keep_zips):
         raise DownloadError(f"{archive} was damaged ({error}) and is removed; run the same command "
                             "again to fetch it anew") from error
     if len(sizes) != wanted.num_files:
-        told = f"{archive.name}: {len(sizes)} files, COCO 2014 has {wanted.num_files}"
+        message = f"{archive.name}: {len(sizes)} files, COCO 2014 has {wanted.num_files}"
         if base_url == BASE_URL:
-            raise DownloadError(told)
-        print(f"warning: {told}", flush=True)
+            raise DownloadError(message)
+        print(f"warning: {message}", flush=True)
     _write(listing, json.dumps(sizes).encode())
     (data_dir / f".{folder}.cut").unlink(missing_ok=True)
     if not keep_zips:

@@ -234,8 +234,8 @@ def estimate_training(preset, embed_dim, report):
         rows, seconds, update = time_step(
             network.to(device), train, draw_inputs, min(share, train.device_batch_size or share))
         hours = (seconds / rows * share + update) * train.num_steps / 3600
-        told = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
-        report.check(hours < 24 * 30, f"{name}: about {told} for {train.num_steps} steps of "
+        duration = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+        report.check(hours < 24 * 30, f"{name}: about {duration} for {train.num_steps} steps of "
                      f"{train.batch_size} on {where} (timed: {rows} rows at a time, "
                      f"{1000 * seconds / rows:.3g} ms a row; optimizer and average "
                      f"{1000 * update:.3g} ms a step)", "choose a smaller --preset, more devices "

@@ -25,7 +25,7 @@ from dalle2.render import Job, list_coco_captions, render_jobs
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
 from dalle2.tools import metrics
-from dalle2.tools.judge import Photos, embed_captions, embed_photos, embed_train, load_judge
+from dalle2.tools.judge import EmbeddedFiles, embed_captions, embed_photos, embed_train, load_judge
 from dalle2.tools.plots import save_tradeoff
 
 NUM_IMAGES, NUM_SWEEP_IMAGES, MIN_FID_IMAGES = 30_000, 200, 10_000
@@ -112,11 +112,11 @@ def check_flags(args):
 
 
 def main():
-    args, state, device, notes = parse_args(), join_processes(), cli.pick_device(), Notes()
+    args, state, device, warnings = parse_args(), join_processes(), cli.pick_device(), Warnings()
     captions = list_coco_captions(args.test_annot_path, args.test_img_path)
     pipeline = load_pipeline(args, device, cli.resolve_precision(args.mixed_precision))
     output_dir = Path(args.output_dir)
-    runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, notes, device)
+    runs, judge = list_runs(args, pipeline), load_judge(args, pipeline, warnings, device)
     with contextlib.ExitStack() as stack:
         with share_errors():
             if state.is_main_process:
@@ -125,7 +125,7 @@ def main():
                 for folder, settings, _ in runs:
                     claim_folder(folder, settings)
         photos = embed_photos(judge, [photo for _, _, photo in
-                                      captions[:args.num_reference_images]], "test", notes)
+                                      captions[:args.num_reference_images]], "test", warnings)
         jobs = list_jobs(captions[:args.num_images], args.seed, args.samples_for_diversity)
         captions = embed_captions(judge, [caption for caption, _, _ in captions], args.num_images)
         rows = []
@@ -136,24 +136,24 @@ def main():
             if state.is_main_process:
                 scores = score_pictures(pictures, jobs, folder, settings, captions, photos)
                 rows.append(settings | scores | {"seconds_a_picture": seconds})
-        train_embed = embed_train(args, judge, notes) if args.train_img_path and not args.sweep \
+        train_embed = embed_train(args, judge, warnings) if args.train_img_path and not args.sweep \
             else None
         if not state.is_main_process:
             return
         result = {"flags": vars(args), "clip": judge.clips, "counts": {
             "reference_photos": len(photos.embed), "other_captions": captions.others.shape[1],
             "diversity_captions": min(NUM_DIVERSITY_CAPTIONS, len(captions.own))},
-            "device": describe_device(device, state.num_processes), "warnings": notes}
+            "device": describe_device(device, state.num_processes), "warnings": warnings}
         if args.sweep:
             write_sweep(args, result, rows, captions, photos)
         else:
             write_evaluation(args, result, rows[0], captions, photos, train_embed)
 
 
-class Notes(list):
+class Warnings(list):
     """Warnings: printed at once by the first process, recorded with the results."""
 
-    def warn(self, text):
+    def add(self, text):
         self.append(text)
         join_processes().print(f"warning: {text}", flush=True)
 
@@ -228,7 +228,7 @@ def render(pipeline, jobs, folder, settings, options, batch_size):
 
 
 def embed_pictures(judge, jobs, folder):
-    """Photos of the rendered jobs in `folder`; UserError where one cannot be read."""
+    """EmbeddedFiles of the rendered jobs in `folder`; UserError where one cannot be read."""
     pictures = judge.embed_files([folder / job.file for job in jobs], "pictures")
     for row in set(range(len(jobs))) - set(pictures.rows):
         raise UserError(f"{folder / jobs[row].file} cannot be read; delete it", "output_dir")
@@ -236,8 +236,8 @@ def embed_pictures(judge, jobs, folder):
 
 
 def score_pictures(pictures, jobs, folder, settings, captions, photos):
-    """The metrics of `pictures`, Photos of all jobs, and those of the captions under "rendered".
-    Writes manifest.json."""
+    """The metrics of `pictures`, EmbeddedFiles of all jobs, and under "rendered" those of them that
+    show the captions. Writes manifest.json."""
     count = len(captions.own)
     first = min(NUM_DIVERSITY_CAPTIONS, count)
     embed, more = pictures.embed[:count], pictures.embed[count:]
@@ -251,7 +251,7 @@ def score_pictures(pictures, jobs, folder, settings, captions, photos):
         [embed[:first, None], more.view(first, -1, embed.shape[1])], 1)) if len(more) else None
     return {"pictures": count, **captions.compare(embed, range(count)), "cmmd": cmmd,
             "cmmd_error": error, "diversity": diversity,
-            "rendered": Photos(embed, features, range(count))}
+            "rendered": EmbeddedFiles(embed, features, range(count))}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -260,14 +260,14 @@ def score_pictures(pictures, jobs, folder, settings, captions, photos):
 
 def write_evaluation(args, result, row, captions, photos, train_embed):
     """evaluation.json and evaluation.md; the table is printed too. train_embed: (T, D) or None."""
-    notes = result["warnings"]
+    warnings = result["warnings"]
     rendered = row.pop("rendered")
     row |= captions.compare_photos(photos) | {"fid": None, "kid": None, "kid_std": None}
     if rendered.features is not None:
         row |= metrics.compute_fid_kid(photos.features, rendered.features)
         if row["pictures"] < MIN_FID_IMAGES:
-            notes.warn(f"FID of {row['pictures']} pictures means nothing: below {MIN_FID_IMAGES} "
-                       "read CMMD or KID")
+            warnings.add(f"FID of {row['pictures']} pictures means nothing: below {MIN_FID_IMAGES} "
+                         "read CMMD or KID")
     if train_embed is not None:
         own = {row: at for at, row in enumerate(photos.rows)}
         row |= metrics.compute_memorization(
@@ -303,14 +303,14 @@ def write_results(output_dir, name, result, table):
     output_dir, clip = Path(output_dir), result["clip"]["judge"]
     weights = clip["clip_pretrained"]  # of a file the model's name may be anything
     model = weights if Path(weights).suffix else f"{clip['clip_model']} {weights}"
-    notes = (f"\nCLIP {model} ({clip['fingerprint']}); "
+    summary = (f"\nCLIP {model} ({clip['fingerprint']}); "
             f"{result['counts']['reference_photos']} reference photos; R-precision against "
             f"{result['counts']['other_captions']} other captions; CMMD: unbiased estimate\n"
-            + "".join(f"\nwarning: {note}\n" for note in result["warnings"]))
+            + "".join(f"\nwarning: {warning}\n" for warning in result["warnings"]))
     for ending, text in ((".json", json.dumps(result, indent=1, ensure_ascii=False)),
-                         (".md", table + notes)):
+                         (".md", table + summary)):
         replace_file(output_dir / f"{name}{ending}", lambda part: part.write_text(text))
-    print(f"{table}{notes}\n{output_dir}: {name}.json, {name}.md")
+    print(f"{table}{summary}\n{output_dir}: {name}.json, {name}.md")
 
 
 def format_table(rows):

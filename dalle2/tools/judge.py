@@ -32,7 +32,7 @@ class Judge:
     use_precision: Callable  # of the Pipeline: the context in which CLIP looks at pictures
 
     def embed_files(self, paths, name):
-        """Photos of those of the picture files that can be read, each through load_image. The
+        """EmbeddedFiles: those of the picture files that can be read, by load_image. The
         processes of a launch share the work, whole batches each, and all have the result."""
         state = join_processes()
         parts = split(range(len(paths)), EMBED_BATCH_SIZE)[state.process_index::state.num_processes]
@@ -54,12 +54,12 @@ class Judge:
         found = sorted(gather_object(found), key=lambda batch: batch[0])
         embed = torch.cat([torch.zeros(0, self.clip.embed_dim), *(part[1] for part in found)])
         features = torch.cat([part[2] for part in found]) if found and self.inception else None
-        return Photos(embed.to(self.clip.device), features, [row for part in found
-                                                             for row in part[0]])
+        rows = [row for part in found for row in part[0]]
+        return EmbeddedFiles(embed.to(self.clip.device), features, rows)
 
 
 @dataclass
-class Photos:
+class EmbeddedFiles:
     """Picture files, embedded."""
 
     embed: torch.Tensor             # (M, D), by CLIP
@@ -67,7 +67,7 @@ class Photos:
     rows: list                      # (M,) of the files: which ones could be read
 
 
-def load_judge(args, pipeline, notes, device):
+def load_judge(args, pipeline, warnings, device):
     keys = "clip_model", "clip_pretrained", "fingerprint"
     condition = {key: pipeline.header["clip"][key] for key in keys}
     clip, record = pipeline.clip, condition
@@ -79,14 +79,14 @@ def load_judge(args, pipeline, notes, device):
         record = dict(zip(keys, (model, args.judge_clip_pretrained, clip.fingerprint)))
     same = record["fingerprint"] == condition["fingerprint"]
     if same:
-        notes.warn("the CLIP that scores is the one that conditions the pictures, which flatters "
-                   "them: name another by --judge_clip_model and --judge_clip_pretrained")
-    inception = load_inception(args, notes, device) if args.fid and not args.sweep else None
+        warnings.add("the CLIP that scores is the one that conditions the pictures, which flatters "
+                     "them: name another by --judge_clip_model and --judge_clip_pretrained")
+    inception = load_inception(args, warnings, device) if args.fid and not args.sweep else None
     return Judge(clip, {"judge": record, "condition": condition, "same": same}, inception,
                  pipeline.use_precision)
 
 
-def load_inception(args, notes, device):
+def load_inception(args, warnings, device):
     """metrics.load_inception in every process, or None in every one: the first, which also fetches
     it, decides."""
     state, inception = join_processes(), None
@@ -97,7 +97,7 @@ def load_inception(args, notes, device):
             except UserError as error:
                 if args.inception_weights:
                     raise
-                notes.warn(f"no FID and no KID: {error}")
+                warnings.add(f"no FID and no KID: {error}")
     (is_there,) = broadcast_object_list([inception is not None])
     if is_there and not state.is_main_process:
         inception = metrics.load_inception(args.inception_weights, device)
@@ -139,26 +139,26 @@ def embed_captions(judge, captions, num_images):
     return Captions(text_embed, own, others)
 
 
-def embed_photos(judge, paths, split_name, notes):
-    """Photos of the files; a warning for those that cannot be read."""
+def embed_photos(judge, paths, split_name, warnings):
+    """EmbeddedFiles of the files; a warning for those that cannot be read."""
     photos = judge.embed_files(paths, f"{split_name} photos")
     lost = f"--{split_name}_img_path: {len(paths) - len(photos.rows)} of {len(paths)} photos " \
         "cannot be read"
     if len(photos.rows) < 2:
         raise UserError(f"{lost}; 2 are needed")
     if len(photos.rows) < len(paths):
-        notes.warn(f"{lost} and are left out")
+        warnings.add(f"{lost} and are left out")
     return photos
 
 
-def embed_train(args, judge, notes):
+def embed_train(args, judge, warnings):
     """(T, D) of the train photos, from their store where one is named; made by the first process
     alone, so that the others have None."""
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         if not args.store_dir:
             records = load_captions(args.train_annot_path, args.train_img_path)
             return embed_photos(replace(judge, inception=None), [r.path for r in records],
-                                "train", notes).embed
+                                "train", warnings).embed
         if not join_processes().is_main_process:
             return None
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
