@@ -1,6 +1,6 @@
 """Preparation and reading of photos, ours against the plain way, interleaved in one run.
 
-    python benchmarks/data_speed.py --img_path photos --annot_path captions.json
+    python -m benchmarks.data_speed --img_path photos --annot_path captions.json
 
 The plain way: torchvision's CocoCaptions, PIL, Resize, CenterCrop and ToTensor in a DataLoader, at
 every epoch. Ours: every photo once into the store, then read from it. Prints a Markdown table.
@@ -8,7 +8,6 @@ every epoch. Ours: every photo once into the store, then read from it. Prints a 
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,14 +21,12 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CocoCaptions
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dalle2 import cli  # noqa: E402
-from dalle2.clip import FrozenClip  # noqa: E402
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.data import Store, load_captions  # noqa: E402
-from dalle2.images import load_image  # noqa: E402
-from dalle2.prepare import prepare_store  # noqa: E402
+from dalle2 import cli
+from dalle2.clip import FrozenClip
+from dalle2.config import PRESETS
+from dalle2.data import Store, load_captions
+from dalle2.images import load_image
+from dalle2.prepare import prepare_store
 
 PLAIN = v2.Compose([v2.Resize(256), v2.CenterCrop(256), v2.ToImage(),
                     v2.ToDtype(torch.float32, scale=True)])

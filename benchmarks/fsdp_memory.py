@@ -1,31 +1,28 @@
 """What a process keeps between two steps, with the whole network and with its share (--fsdp): GiB
 of weights, average and optimizer state, as the system counts them, for the prior of a preset.
 
-    python benchmarks/fsdp_memory.py --preset base --processes 2
+    python -m benchmarks.fsdp_memory --preset base --processes 2
 """
 
 import argparse
 import copy
 import ctypes
 import gc
-import sys
 import tempfile
 import warnings
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from dalle2.config import PRESETS
+from dalle2.models import build_prior, list_blocks
+from dalle2.optimizer import build_optimizers
+from dalle2.sharding import shard
+from dalle2.train_state import update_average
+
 warnings.filterwarnings("ignore")
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.multiprocessing import spawn  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.models import build_prior, list_blocks  # noqa: E402
-from dalle2.optimizer import build_optimizers  # noqa: E402
-from dalle2.sharding import shard  # noqa: E402
-from dalle2.train_state import update_average  # noqa: E402
 
 EMBED_DIM, BATCH_SIZE = 768, 2
 

@@ -36,10 +36,10 @@ run_tests() {
 run_speed() {
     for flag in "" --compile; do
         # shellcheck disable=SC2086  # no word where the flag is empty
-        keep "train_speed$flag.md" "$PY" benchmarks/train_speed.py --preset base --batch_size 32 \
+        keep "train_speed$flag.md" "$PY" -m benchmarks.train_speed --preset base --batch_size 32 \
             $flag --profile --json "$out/train_speed$flag.json"
     done
-    keep sample_speed.md "$PY" benchmarks/sample_speed.py --preset base --batch_size 16
+    keep sample_speed.md "$PY" -m benchmarks.sample_speed --preset base --batch_size 16
 }
 
 images() {

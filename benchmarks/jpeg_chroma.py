@@ -1,11 +1,10 @@
 """How much of photos' color detail a picture file keeps: the power of the gradients of Cb and Cr
 after saving, over that before.
 
-    python benchmarks/jpeg_chroma.py --img_path data/coco/val2014
+    python -m benchmarks.jpeg_chroma --img_path data/coco/val2014
 """
 
 import io
-import sys
 import time
 from pathlib import Path
 
@@ -14,10 +13,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dalle2 import cli  # noqa: E402
-from dalle2.images import load_image  # noqa: E402
+from dalle2 import cli
+from dalle2.images import load_image
 
 FILES = {"JPEG 95, 4:2:0 (Pillow's default)": {"format": "JPEG", "quality": 95},
          "JPEG 95, 4:4:4": {"format": "JPEG", "quality": 95, "subsampling": 0},

@@ -16,10 +16,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.shared import EMBED_DIM, count_kept_bytes
 from dalle2.config import PRESETS
 from dalle2.models import build_prior, build_unet
 
-EMBED_DIM = {"toy": 128}  # of the CLIP that goes with the preset; ViT-L/14 has 768
 SAMPLES = 2  # traced at a time
 
 
@@ -39,20 +39,12 @@ class KernelCounter(TorchDispatchMode):
 def count(network, call):
     """(parameters, FLOPs of a sample's forward, bytes kept for the backward of a sample, kernels of
     forward and backward)."""
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with FlopCounterMode(display=False) as counter:
-            call()
+    with FlopCounterMode(display=False) as counter:
+        kept = count_kept_bytes(call)
     with KernelCounter() as kernels:
         call().mean().backward()
     parameters = sum(p.numel() for p in network.parameters())
-    return (parameters, counter.get_total_flops() / SAMPLES, sum(kept.values()) / SAMPLES,
+    return (parameters, counter.get_total_flops() / SAMPLES, kept / SAMPLES,
             kernels.count)
 
 

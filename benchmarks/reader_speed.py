@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.preset_costs import list_networks
+from benchmarks.shared import build_embedded_store
 from dalle2 import cli
 from dalle2.config import PRESETS
-from dalle2.data import Store
 from dalle2.prepare import prepare_store
 from dalle2.rng import BatchRandom
 from dalle2.tasks import PriorTask, UnetTask
@@ -55,15 +55,7 @@ def build_store(args, image_format, folder):
     """A Store of the photos with random embeddings."""
     store = prepare_store(args.img_path, args.annot_path, folder / "store", progress=False,
                           max_images=args.max_images, image_format=image_format)
-    captions = sum(map(len, store.captions))
-    random = np.random.default_rng(0)
-    for name, shape in {"image_embed": (len(store), DIM), "text_embed": (captions, DIM),
-                        "text_encodings": (captions * TOKENS, DIM)}.items():
-        embeds = random.standard_normal(shape, np.float32)
-        np.save(folder / f"{name}.npy", embeds.astype(np.float16))
-    np.save(folder / "text_tokens.npy", np.zeros((captions, 77), np.uint16))
-    np.save(folder / "token_start.npy", np.arange(captions + 1) * TOKENS)
-    return Store(store.folder, folder)
+    return build_embedded_store(store.folder, folder, DIM, TOKENS, np.random.default_rng(0))
 
 
 def build_tasks(preset, store):

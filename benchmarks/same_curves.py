@@ -5,7 +5,7 @@ Runs train_prior.py and train_decoder.py on a data set made by data/toy_coco.py;
 are given what they lack: a drawn dropout instead of one that they draw themselves. A third run, the
 control, is of the stock modules again, their first weights changed by a rounding error.
 
-    python benchmarks/same_curves.py --data output/quickstart/toy_coco \\
+    python -m benchmarks.same_curves --data output/quickstart/toy_coco \\
         --clip_pretrained output/quickstart/clip/clip.safetensors --output_dir output/same_curves
 """
 
@@ -16,16 +16,16 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from dalle2 import models
+from dalle2.config import PRESETS
+from dalle2.fast_modules import library
+from dalle2.logger import read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+
 warnings.filterwarnings("ignore")
-
-import torch  # noqa: E402
-
-from dalle2 import models  # noqa: E402
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.fast_modules import library  # noqa: E402
-from dalle2.logger import read_metrics  # noqa: E402
 
 WAYS = "ours", "stock", "control"
 ROUNDING = 1e-7  # relative, about half a unit in the last place of fp32

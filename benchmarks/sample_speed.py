@@ -9,29 +9,27 @@
 Random weights; sampling time does not depend on them. The last row is the prior alone, where ours
 reads the caption once. One process, in turn, medians over --rounds.
 
-    python benchmarks/sample_speed.py --preset toy
+    python -m benchmarks.sample_speed --preset toy
 """
 
 import argparse
 import contextlib
 import io
 import statistics
-import sys
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
+from benchmarks.shared import EMBED_DIM
+from dalle2.cli import pick_device
+from dalle2.config import PRESETS
+from dalle2.models import build_prior, build_unet
+from dalle2.sampling import build_stages, sample_image_embed, sample_images
+from dalle2.tools.convert import build_stock_decoder, build_stock_prior
+
 warnings.filterwarnings("ignore")
-
-import torch  # noqa: E402
-
-from dalle2.cli import pick_device  # noqa: E402
-from dalle2.config import PRESETS  # noqa: E402
-from dalle2.models import build_prior, build_unet  # noqa: E402
-from dalle2.sampling import build_stages, sample_image_embed, sample_images  # noqa: E402
-from dalle2.tools.convert import build_stock_decoder, build_stock_prior  # noqa: E402
 
 
 def main():
@@ -44,7 +42,7 @@ def main():
     parser.add_argument("--prior_only", action="store_true")
     args = parser.parse_args()
     preset, device, batch = PRESETS[args.preset], pick_device(), args.batch_size
-    dim = 128 if args.preset == "toy" else 768
+    dim = EMBED_DIM.get(args.preset, 768)
     configs = preset.decoder.unets
     text_embed = torch.randn(batch, dim, device=device)
     text_encodings = torch.randn(batch, preset.prior.max_text_len, dim, device=device)

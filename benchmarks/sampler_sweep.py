@@ -9,26 +9,22 @@ difference of its embedding; for pictures in [0, 1] the RMSE and the amplitude i
 rising frequency (cycles a pixel), divided by the reference's; its own is printed above the table,
 divided by the photos'. Writes samplers.png, the errors against the steps.
 
-    python benchmarks/sampler_sweep.py --prior_ckpt P --decoder_ckpt D --test_img_path .. \\
+    python -m benchmarks.sampler_sweep --prior_ckpt P --decoder_ckpt D --test_img_path .. \\
         --test_annot_path .. --output_dir benchmarks
 """
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from dalle2 import cli  # noqa: E402
-from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
-from dalle2.images import load_image, resize  # noqa: E402
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline  # noqa: E402
-from dalle2.render import list_coco_captions  # noqa: E402
-from dalle2.sampling import (  # noqa: E402
+from dalle2 import cli
+from dalle2.diffusion import Diffusion, build_diffusion
+from dalle2.images import load_image, resize
+from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.render import list_coco_captions
+from dalle2.sampling import (
     SAMPLERS,
     Level,
     SampleOptions,
@@ -38,7 +34,7 @@ from dalle2.sampling import (  # noqa: E402
     condition_upsampler,
     draw_part,
 )
-from dalle2.validation import compute_recall  # noqa: E402
+from dalle2.validation import compute_recall
 
 SETTINGS = [("ddim", "timestep"), ("dpmpp_2m", "timestep"), ("ddim", "log-SNR"),
             ("dpmpp_2m", "log-SNR")]  # sampler, what its levels are evenly spaced in
