@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from dalle2.clip import FrozenClip, load_clip
+from dalle2.data import fit_text_encodings
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import compute_digest
 from dalle2.models import load_decoder, load_prior
@@ -179,15 +179,9 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
 
 def embed_text(clip, max_text_len, text_tokens):
     """text_tokens (B, L) -> text_embed (B, D) and text_encodings (B, max_text_len, D)."""
-    text_embed, text_encodings = clip.embed_text(text_tokens)
-    return text_embed, fit_text_encodings(text_encodings, text_tokens, clip, max_text_len)
-
-
-def fit_text_encodings(text_encodings, text_tokens, clip, max_text_len):
-    """(B, L, D) -> (B, max_text_len, D), a longer caption keeping its end token: what
-    Store.load_text_encodings does for training."""
-    lengths = clip.compute_text_mask(text_tokens).sum(1)  # (B,)
-    out = text_encodings[:, :max_text_len].clone()
-    for i in (lengths > max_text_len).nonzero().flatten().tolist():
-        out[i, -1] = text_encodings[i, lengths[i] - 1]
-    return F.pad(out, (0, 0, 0, max_text_len - out.shape[1]))
+    text_embed, encodings = clip.embed_text(text_tokens)
+    text_encodings = encodings.new_zeros(len(encodings), max_text_len, encodings.shape[-1])
+    lengths = clip.compute_text_mask(text_tokens).sum(1).tolist()
+    for row, encoding, length in zip(text_encodings, encodings, lengths):
+        fit_text_encodings(encoding[:length], row)
+    return text_embed, text_encodings
