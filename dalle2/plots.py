@@ -1,5 +1,7 @@
 """`curves.png`: a run's metrics.jsonl as pictures."""
 
+import numpy as np
+
 from dalle2.files import replace_file
 from dalle2.logger import read_metrics
 
@@ -40,8 +42,6 @@ def save_curves(metrics_path, path):
 
 def smooth(values, width):
     """Running mean over the last `width` values."""
-    sums, out = 0.0, []
-    for i, value in enumerate(values):
-        sums += value - (values[i - width] if i >= width else 0)
-        out.append(sums / min(i + 1, width))
-    return out
+    sums, stop = np.cumsum([0, *values]), np.arange(1, len(values) + 1)
+    start = np.maximum(stop - width, 0)
+    return (sums[stop] - sums[start]) / (stop - start)
