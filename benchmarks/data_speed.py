@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--img_path", required=True, help="picture folder")
     parser.add_argument("--annot_path", required=True, help="COCO captions file")
     parser.add_argument("--caption_path", help="a COCO captions file without pictures, to tokenize")
-    parser.add_argument("--repeats", type=int, default=5, help="medians of so many rounds")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median counts")
     parser.add_argument("--batch_size", type=int, default=64)
     return parser.parse_args()
 

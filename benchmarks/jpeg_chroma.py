@@ -31,7 +31,7 @@ def compute_power(image):
 def main():
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--img_path", required=True, help="folder of photos")
-    parser.add_argument("--num_images", type=int, default=200, help="the first so many by name")
+    parser.add_argument("--num_images", type=int, default=200, help="the first ones by name")
     args = parser.parse_args()
     paths = sorted(Path(args.img_path).glob("*.jpg"))[:args.num_images]
     photos = [load_image(path) for path in paths]

@@ -1,5 +1,5 @@
-"""Rendering many captions into a folder: what to render, batches, processes, going on where it
-stopped; the best of several, the nearest training pictures, the manifest."""
+"""Rendering many captions into a folder: what to render, batches, processes, resuming; the best
+of several, the nearest training pictures, the manifest."""
 
 import hashlib
 import json

@@ -1,8 +1,8 @@
 """Fetches COCO 2014 into data/coco/{train2014,val2014,annotations}: 20 GB, 34 GB on the way.
 
-Stopped or killed at any moment, the same command goes on where it was: downloads continue by HTTP
-Range, an archive counts once its size and every checksum in it are right, unpacking skips the files
-that are there. Run again when everything is there, it looks at every file's size and returns.
+Stopped or killed at any moment, the same command resumes: downloads continue by HTTP Range, an
+archive counts once its size and every checksum in it are right, unpacking skips the files that are
+there. Run again when everything is there, it looks at every file's size and returns.
 """
 
 import json
@@ -60,7 +60,7 @@ def download(url, path, num_bytes=None, pause=2.0, show=True):
     trying again, with growing pauses, when the connection breaks or the server is in trouble.
 
     num_bytes: the size that the file must have; None is whatever the server says. Raises
-    DownloadError, naming the URL, on any other HTTP error and after `TRIES` tries in vain.
+    DownloadError, naming the URL, on any other HTTP error and after `TRIES` failed tries.
     """
     part = path.with_name(path.name + ".part")
     tries = 0
@@ -74,7 +74,7 @@ def download(url, path, num_bytes=None, pause=2.0, show=True):
             tries = 1 if moved else tries + 1
             if tries == TRIES:
                 raise DownloadError(f"{url}: gave up after {TRIES} tries ({error}); run the same "
-                                    "command again to go on") from error
+                                    "command again to resume") from error
             seconds = min(MAX_PAUSE, pause * 2 ** (tries - 1))
             print(f"{url}: {error}; trying again in {seconds:.0f} s", flush=True)
             time.sleep(seconds)
@@ -347,8 +347,8 @@ def parse_args():
     parser.add_argument("--base_url", default=BASE_URL, help="server, or a mirror of it; sizes and "
                         "counts of COCO 2014 are demanded of the original only")
     parser.add_argument("--keep_zips", action="store_true", help="keep the archives")
-    parser.add_argument("--max_images", type=cli.at_least(1), help="a small set: so many photos a "
-                        "split, one by one, and the captions file cut to them (None: everything)")
+    parser.add_argument("--max_images", type=cli.at_least(1), help="a small set: this many photos "
+                        "a split, one by one, and the captions file cut to them (None: everything)")
     return parser.parse_args()
 
 
@@ -370,7 +370,7 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,9 +1,9 @@
 """Scores a prior and a decoder over a COCO captions file: `python -m dalle2.tools.evaluate`.
 
 Renders one picture a caption, 30,000 where the file has them, and compares the files (PNG: a JPEG
-would lose what the photos keep) with their captions and with the photos. Run again, it goes on
-where it stopped. With --sweep it does so on a few hundred pictures for every combination of
-guidance and steps that is given. Launched as several processes, it shares the work among them:
+would lose what the photos keep) with their captions and with the photos. Run again, it resumes.
+With --sweep it does so on a few hundred pictures for every combination of guidance and steps that
+is given. Launched as several processes, it shares the work among them:
 `torchrun --nproc_per_node 8 -m dalle2.tools.evaluate`.
 """
 
