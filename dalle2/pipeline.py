@@ -144,15 +144,14 @@ def load_pipeline(args, device, precision="no"):
         raise UserError(f"stage {missing[0]} is not trained yet: "
                         f"sh scripts/train_decoder.sh --unet_number {missing[0]}", "decoder_ckpt")
     clip = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
-    numbers = sorted(unets)
-    networks = [prior.to(device), *(unets[n].to(device) for n in numbers)]
-    if args.compile:
-        for network in networks:
+    for network in (prior, *unets.values()):
+        network.to(device)
+        if args.compile:
             network.compile()
     return Pipeline(
         clip, in_groups(partial(embed_text, clip, prior_config.max_text_len), 1),
-        in_groups(clip.embed_image, 1), Prior(networks[0], prior_config),
-        build_stages(networks[1:], [unet_configs[n] for n in numbers]), header,
+        in_groups(clip.embed_image, 1), Prior(prior, prior_config),
+        build_stages(unets.values(), unet_configs.values()), header,
         {"prior": args.prior_ckpt, "decoder": args.decoder_ckpt}, precision)
 
 
@@ -169,9 +168,8 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
         use_beside = recorded["relative_path"] and beside.is_file()
         pretrained = os.path.normpath(beside) if use_beside else recorded["clip_pretrained"]
     clip = load_clip(args.clip_model or recorded["clip_model"], pretrained, device)
-    fingerprint = clip.fingerprint
-    if fingerprint != recorded["fingerprint"]:
-        raise UserError(f"{pretrained} ({fingerprint}) is not the CLIP that the "
+    if clip.fingerprint != recorded["fingerprint"]:
+        raise UserError(f"{pretrained} ({clip.fingerprint}) is not the CLIP that the "
                         f"checkpoints were trained with ({recorded['fingerprint']})",
                         "clip_pretrained")
     return clip
