@@ -4,13 +4,11 @@ from pathlib import Path
 
 from dalle2 import cli
 from dalle2.errors import UserError
-from dalle2.files import hold_lock
-from dalle2.gallery import read_manifest, write_gallery, write_grid, write_manifest
+from dalle2.gallery import read_manifest, write_folder
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.processes import join_processes
 from dalle2.render import (
     add_caption_flags,
-    add_photos,
     add_sample_flags,
     find_nearest,
     list_captions,
@@ -58,16 +56,11 @@ def main():
     output_dir, num_samples = Path(args.output_dir), args.samples_per_prompt
     settings |= {"prior_ckpt": args.prior_ckpt, "decoder_ckpt": args.decoder_ckpt,
                  "seed": args.seed, "rerank_of": num_samples if args.rerank else 1}
-    entries = add_photos(entries, jobs, output_dir)
     files = {entry["file"] for entry in entries}
     if args.rerank:
         entries, num_samples = pick_best(entries, num_samples), 1
     nearest = find_nearest(args, pipeline.clip, output_dir, entries)
-    with hold_lock(output_dir / ".manifest.lock",
-                   told=f"waiting for another process that writes {output_dir}/manifest.json"):
-        shown = write_manifest(output_dir, settings, entries, files)
-        write_gallery(output_dir / "index.html", shown, settings, nearest)
-        write_grid(output_dir, shown, num_samples)
+    shown = write_folder(output_dir, settings, entries, files, nearest, num_samples)
     earlier = f" and {len(shown) - len(entries)} earlier ones" if len(shown) > len(entries) else ""
     print(f"{output_dir}: {len(entries)} pictures{earlier}, manifest.json, index.html, grid.jpg; "
           f"mean CLIP score {sum(e['clip_score'] for e in entries) / len(entries):.4f}")

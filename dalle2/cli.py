@@ -20,8 +20,6 @@ from dalle2.config import (
 from dalle2.errors import UserError, rename_argument
 
 DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
-
-
 SIZES = "image_size", "dim", "dim_mults", "crop_size"  # in which the stages of a decoder differ
 
 
@@ -252,13 +250,14 @@ def resolve_precision(mixed_precision):
     in it, fp16 on one that only emulates it (before Ampere), "no" without a GPU. UserError on fp16
     without one."""
     import torch
-    if not torch.cuda.is_available():
-        if mixed_precision == "fp16":
-            raise UserError("fp16 needs a GPU; give no or bf16", "mixed_precision")
-        return "no" if mixed_precision == "auto" else mixed_precision
-    if mixed_precision == "auto":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    return mixed_precision
+    has_gpu = torch.cuda.is_available()
+    if mixed_precision == "fp16" and not has_gpu:
+        raise UserError("fp16 needs a GPU; give no or bf16", "mixed_precision")
+    if mixed_precision != "auto":
+        return mixed_precision
+    if not has_gpu:
+        return "no"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
 
 def add_precision_flag(parser):

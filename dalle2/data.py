@@ -106,16 +106,13 @@ class Store:
         return start + np.minimum((u.numpy() * (end - start)).astype(np.int64), end - start - 1)
 
     def load_text_encodings(self, rows, max_text_len):
-        """(B, max_text_len, D) as stored, zero after the end token. A caption that is longer keeps
-        its first tokens and its end token."""
+        """(B, max_text_len, D) as stored, zero after the end token."""
         rows = np.asarray(rows)
         out = np.zeros((len(rows), max_text_len, self.text_encodings.shape[-1]),
                        self.text_encodings.dtype)
         starts, ends = self.token_start[rows].tolist(), self.token_start[rows + 1].tolist()
-        for encodings, start, end in zip(out, starts, ends):
-            kept = min(end - start, max_text_len)
-            encodings[:kept] = self.text_encodings[start:start + kept]
-            encodings[kept - 1] = self.text_encodings[end - 1]
+        for row, start, end in zip(out, starts, ends):
+            fit_text_encodings(self.text_encodings[start:end], row)
         return torch.from_numpy(out)
 
     def find_image_of_nearest_caption(self, text_embed):
@@ -141,6 +138,14 @@ class Store:
             small.flush()
         folder = build_once(self.folder / f"images-{size}", {"size": size}, build)
         return np.load(folder / "images.npy", mmap_mode="r")
+
+
+def fit_text_encodings(text_encodings, row):
+    """Copies text_encodings (L, D) of one caption into `row` (max_text_len, D). A caption that is
+    longer keeps its first tokens and its end token."""
+    kept = min(len(text_encodings), len(row))
+    row[:kept] = text_encodings[:kept]
+    row[kept - 1] = text_encodings[-1]
 
 
 def find_image_format(folder):

@@ -29,7 +29,7 @@ def build_once(folder, source, build):
     """
     folder = Path(folder)
     with hold_lock(folder.with_name(f".{folder.name}.lock"),
-                   told=f"waiting for another process that makes {folder}"):
+                   f"waiting for another process that makes {folder}"):
         if read_source(folder) != source:
             part = folder.with_name(folder.name + ".part")
             if read_source(part) != source:
@@ -52,18 +52,18 @@ def compute_digest(path):
 
 
 @contextlib.contextmanager
-def hold_lock(path, wait=True, told=None):
-    """Holds the lock file `path`, which dying gives back. Where another process holds it: waits,
-    printing `told` once, or raises `told` at once."""
+def hold_lock(path, message):
+    """Holds the lock file `path`, which dying gives back. Where another process holds it: prints
+    `message` and waits, or raises it at once if it is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not wait:
-                raise told from None
+            if isinstance(message, Exception):
+                raise message from None
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                print(told, flush=True)
+                print(message, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import os
+import re
 from base64 import b64encode
 from pathlib import Path
 from urllib.parse import quote
@@ -14,62 +15,13 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2.errors import UserError
-from dalle2.files import replace_file
+from dalle2.files import hold_lock, replace_file
 from dalle2.images import arrange, load_image, resize, save_jpeg
 
+PAGE = Path(__file__).with_name("gallery.html")
 MAX_SHOWN = 2000  # pictures on the page; the manifest names all
 SHOWN = {"file", "caption", "seed", "clip_score"}  # of an entry
 SETTINGS = "cond_scale", "prior_cond_scale", "sample_timesteps", "sampler", "seed"
-STYLE = """
-*{box-sizing:border-box}
-body{font:15px/1.4 system-ui,sans-serif;margin:0;background:#f6f6f4;color:#222}
-header{padding:.8rem 1rem;background:#fff;border-bottom:1px solid #ddd;position:sticky;top:0}
-h1{font-size:1.1rem;margin:0 0 .5rem} small{color:#666}
-form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:center}
-input,select{font:inherit;padding:.3rem .5rem;border:1px solid #bbb;border-radius:4px}
-input{flex:1 1 10rem;max-width:24rem}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem;
-  padding:1rem}
-figure{margin:0;background:#fff;border:1px solid #ddd;border-radius:6px;padding:.6rem}
-figure[hidden]{display:none}
-.row{display:flex;gap:.5rem;align-items:flex-end} .row div{flex:1;min-width:0}
-.row .rendered{flex:2} .row img{width:100%;display:block;border-radius:3px}
-.rendered img{cursor:zoom-in}
-figcaption{margin-top:.5rem;overflow-wrap:anywhere}
-dialog{border:0;border-radius:8px;padding:.8rem;max-width:min(96vw,44rem)}
-dialog::backdrop{background:#000b} dialog img{width:min(90vw,40rem);display:block}
-dialog p{margin:.5rem 0 0;overflow-wrap:anywhere}
-"""
-SCRIPT = """
-const figures = [...document.querySelectorAll('figure')], main = document.querySelector('main');
-const box = document.querySelector('dialog'), search = document.querySelector('input');
-const order = document.querySelector('select'), count = document.querySelector('output');
-function show() {
-  const words = search.value.toLowerCase().split(' ').filter(word => word);
-  let shown = 0;
-  for (const figure of figures) {
-    figure.hidden = !words.every(word => figure.dataset.caption.includes(word));
-    shown += !figure.hidden;
-  }
-  count.textContent = `${shown} of ${figures.length}`;
-}
-function sort() {
-  const [key, sign] = order.value.split(' ');
-  figures.sort((a, b) => sign * (a.dataset[key] - b.dataset[key]));
-  main.append(...figures);
-}
-search.oninput = show;
-order.onchange = sort;
-main.onclick = event => {
-  if (!event.target.matches('.rendered img')) return;
-  box.querySelector('img').src = event.target.src;
-  box.querySelector('p').textContent = event.target.alt;
-  box.showModal();
-};
-box.onclick = () => box.close();
-document.querySelector('form').onsubmit = event => event.preventDefault();
-show();
-"""
 
 
 def read_manifest(folder):
@@ -88,11 +40,23 @@ def read_manifest(folder):
                     "choose another folder", "output_dir")
 
 
+def write_folder(folder, settings, entries, files, nearest, samples_per_prompt):
+    """Writes all that shows the pictures in `folder`; one process at a time. The arguments are
+    those of the functions below. Returns the entries of the manifest."""
+    folder = Path(folder)
+    with hold_lock(folder / ".manifest.lock",
+                   f"waiting for another process that writes {folder}/manifest.json"):
+        shown = write_manifest(folder, settings, entries, files)
+        write_gallery(folder / "index.html", shown, settings, nearest)
+        write_grid(folder, shown, samples_per_prompt)
+    return shown
+
+
 def write_manifest(folder, settings, entries, files):
     """Writes manifest.json: `settings` and `entries` of this call, behind them the entries of
     earlier calls whose pictures are still in `folder` and none of `files`, which this call made
     or found. An earlier entry of other settings holds its own. Returns all entries."""
-    folder, earlier, shown = Path(folder), read_manifest(folder), list(entries)
+    earlier, shown = read_manifest(folder), list(entries)
     for entry in earlier["images"]:
         made_with = entry.pop("settings", earlier["settings"])
         if entry["file"] not in files and (folder / entry["file"]).is_file():
@@ -107,22 +71,16 @@ def write_gallery(path, entries, settings, nearest=()):
     nearest: (picture (3, H, W) uint8, cosine) for as many entries, the first ones. Both are shown
     at 128 px inside the page; of more than MAX_SHOWN pictures the first are shown."""
     folder, shown = Path(path).parent, entries[:MAX_SHOWN]
-    figures = "\n".join(_figure(folder, number, entry, near) for number, (entry, near) in
-                        enumerate(zip(shown, [*nearest, *[None] * len(shown)])))
-    summary = _describe(settings)
-    options = "".join(f'<option value="{value}">{text}</option>' for value, text in (
-        ("number 1", "in order"), ("score -1", "best CLIP score first"),
-        ("score 1", "worst CLIP score first"),
-        *([("nearest -1", "nearest to training first")] if nearest else [])))
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>DALL-E 2 gallery</title>
-<style>{STYLE}</style>
-<header><h1>{len(shown)} of {len(entries)} rendered captions</h1>
-<form><input type="search" placeholder="filter by words" aria-label="filter by words">
-<select aria-label="order">{options}</select><output></output></form>
-<small>{html.escape(summary)}</small></header>
-<main>{figures}</main><dialog><img alt=""><p></p></dialog><script>{SCRIPT}</script></html>
-"""
+    orders = [("number 1", "in order"), ("score -1", "best CLIP score first"),
+              ("score 1", "worst CLIP score first")]
+    orders += [("nearest -1", "nearest to training first")] if nearest else []
+    parts = {
+        "title": f"{len(shown)} of {len(entries)} rendered captions",
+        "orders": "".join(f'<option value="{value}">{text}</option>' for value, text in orders),
+        "settings": html.escape(_describe(settings)),
+        "figures": "\n".join(_figure(folder, number, entry, near) for number, (entry, near) in
+                             enumerate(zip(shown, [*nearest, *[None] * len(shown)])))}
+    page = re.sub("{{([a-z]+)}}", lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8"))
 
 
@@ -155,9 +113,8 @@ def _small(title, image):
             f'src="data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"></div>')
 
 
-def write_grid(output_dir, entries, samples_per_prompt):
-    """`grid.jpg` of the first 64 pictures at 128 px, the samples of this call's
-    prompts in one row each."""
-    pictures = [load_image(Path(output_dir) / entry["file"], 128) / 255 for entry in entries[:64]]
+def write_grid(folder, entries, samples_per_prompt):
+    """`grid.jpg` of the first 64 pictures at 128 px, the samples of a prompt in a row."""
+    pictures = [load_image(folder / entry["file"], 128) / 255 for entry in entries[:64]]
     columns = samples_per_prompt if samples_per_prompt > 1 else 8
-    save_jpeg(arrange(torch.stack(pictures), columns), Path(output_dir) / "grid.jpg")
+    save_jpeg(arrange(torch.stack(pictures), columns), folder / "grid.jpg")

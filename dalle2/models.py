@@ -21,7 +21,7 @@ from dalle2.config import (
     validate_config,
 )
 from dalle2.errors import UserError
-from dalle2.fast_modules import library, restore_modules, swap_modules
+from dalle2.fast_modules import library, swap_modules
 from dalle2.files import hold_lock
 
 
@@ -106,25 +106,6 @@ def list_blocks(network):
     return [part for part in network.modules() if isinstance(part, kinds)]
 
 
-def build_stock_prior(network, config, embed_dim):
-    """dalle2_pytorch's DiffusionPrior around a network of `build_prior`, made stock again."""
-    return library.DiffusionPrior(restore_modules(network), image_embed_dim=embed_dim,
-                                  timesteps=config.timesteps, beta_schedule=config.beta_schedule,
-                                  text_cond_drop_prob=config.text_cond_drop_prob)
-
-
-def build_stock_decoder(unets, configs):
-    """dalle2_pytorch's Decoder around networks of `build_unet`, made stock again, with their
-    UnetConfigs."""
-    return library.Decoder(
-        tuple(map(restore_modules, unets)), image_sizes=tuple(c.image_size for c in configs),
-        timesteps=configs[0].timesteps, beta_schedule=tuple(c.beta_schedule for c in configs),
-        predict_x_start=tuple(c.objective == "x_start" for c in configs),
-        predict_v=tuple(c.objective == "v" for c in configs), learned_variance=False,
-        image_cond_drop_prob=configs[0].image_cond_drop_prob, text_cond_drop_prob=1.0,
-        use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
-
-
 def load_prior(path):
     """(network, PriorConfig, header) of a prior export; UserError for another file."""
     header, weights = load_export(path, "prior")
@@ -161,7 +142,7 @@ def save_decoder_stage(path, unet_number, config, state, header, step, num_stage
     """Puts the weights `state` of one stage after `step` steps into a decoder export, beside the
     other stages that it holds. A lock keeps two stages that are trained at the same time from
     losing each other's weights."""
-    with hold_lock(path.with_name(f".{path.name}.lock"), told=f"waiting for {path}"):
+    with hold_lock(path.with_name(f".{path.name}.lock"), f"waiting for {path}"):
         stages, weights = [None] * num_stages, {}
         if path.exists():
             before, weights = load_export(path, "decoder")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from dalle2.clip import FrozenClip, load_clip
+from dalle2.data import fit_text_encodings
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import compute_digest
 from dalle2.models import load_decoder, load_prior
@@ -144,15 +144,14 @@ def load_pipeline(args, device, precision="no"):
         raise UserError(f"stage {missing[0]} is not trained yet: "
                         f"sh scripts/train_decoder.sh --unet_number {missing[0]}", "decoder_ckpt")
     clip = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
-    numbers = sorted(unets)
-    networks = [prior.to(device), *(unets[n].to(device) for n in numbers)]
-    if args.compile:
-        for network in networks:
+    for network in (prior, *unets.values()):
+        network.to(device)
+        if args.compile:
             network.compile()
     return Pipeline(
         clip, in_groups(partial(embed_text, clip, prior_config.max_text_len), 1),
-        in_groups(clip.embed_image, 1), Prior(networks[0], prior_config),
-        build_stages(networks[1:], [unet_configs[n] for n in numbers]), header,
+        in_groups(clip.embed_image, 1), Prior(prior, prior_config),
+        build_stages(unets.values(), unet_configs.values()), header,
         {"prior": args.prior_ckpt, "decoder": args.decoder_ckpt}, precision)
 
 
@@ -169,9 +168,8 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
         use_beside = recorded["relative_path"] and beside.is_file()
         pretrained = os.path.normpath(beside) if use_beside else recorded["clip_pretrained"]
     clip = load_clip(args.clip_model or recorded["clip_model"], pretrained, device)
-    fingerprint = clip.fingerprint
-    if fingerprint != recorded["fingerprint"]:
-        raise UserError(f"{pretrained} ({fingerprint}) is not the CLIP that the "
+    if clip.fingerprint != recorded["fingerprint"]:
+        raise UserError(f"{pretrained} ({clip.fingerprint}) is not the CLIP that the "
                         f"checkpoints were trained with ({recorded['fingerprint']})",
                         "clip_pretrained")
     return clip
@@ -179,15 +177,9 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
 
 def embed_text(clip, max_text_len, text_tokens):
     """text_tokens (B, L) -> text_embed (B, D) and text_encodings (B, max_text_len, D)."""
-    text_embed, text_encodings = clip.embed_text(text_tokens)
-    return text_embed, fit_text_encodings(text_encodings, text_tokens, clip, max_text_len)
-
-
-def fit_text_encodings(text_encodings, text_tokens, clip, max_text_len):
-    """(B, L, D) -> (B, max_text_len, D), a longer caption keeping its end token: what
-    Store.load_text_encodings does for training."""
-    lengths = clip.compute_text_mask(text_tokens).sum(1)  # (B,)
-    out = text_encodings[:, :max_text_len].clone()
-    for i in (lengths > max_text_len).nonzero().flatten().tolist():
-        out[i, -1] = text_encodings[i, lengths[i] - 1]
-    return F.pad(out, (0, 0, 0, max_text_len - out.shape[1]))
+    text_embed, encodings = clip.embed_text(text_tokens)
+    text_encodings = encodings.new_zeros(len(encodings), max_text_len, encodings.shape[-1])
+    lengths = clip.compute_text_mask(text_tokens).sum(1).tolist()
+    for row, encoding, length in zip(text_encodings, encodings, lengths):
+        fit_text_encodings(encoding[:length], row)
+    return text_embed, text_encodings

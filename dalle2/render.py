@@ -1,5 +1,5 @@
-"""Rendering many captions into a folder: what to render, batches, processes, going on where it
-stopped; the best of several, the nearest training pictures, the manifest."""
+"""Rendering many captions into a folder: what to render, batches, processes, resuming; the best
+of several, the nearest training pictures, the manifest."""
 
 import hashlib
 import json
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from dalle2.cli import add_precision_flag, at_least
 from dalle2.data import load_captions
 from dalle2.errors import UserError, rename_argument
-from dalle2.files import replace_file
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
 from dalle2.processes import join_processes, share_errors
@@ -159,8 +158,9 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
     rendered again; options: of Pipeline.resolve_options; batch_size: None: 16 on a CPU, 256 on a
     GPU, halved where its memory does not suffice; from_photos: from the embedding of the job's
     photo instead of its caption's. Returns a list of {"file", "caption", "image_id", "seed",
-    "clip_score"} in the order of `jobs`. Raises UserError, in all processes, where a picture is
-    not finite; it is not saved.
+    "clip_score"} in the order of `jobs`, with the "photo" of the job, where it has one, relative to
+    `output_dir`. Raises UserError, in all processes, where a picture is not finite; it is not
+    saved.
     """
     state, output_dir = join_processes(), Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,8 @@ def render_jobs(pipeline, jobs, output_dir, settings, options, *, batch_size=Non
             file.flush()
             bar.update(len(batch))
     done |= {get_key(entry): entry for entry in gather_object(entries)}
-    return [done[get_key(job.describe())] for job in jobs]
+    return [done[get_key(job.describe())] | (
+        {"photo": os.path.relpath(job.photo, output_dir)} if job.photo else {}) for job in jobs]
 
 
 def render_batches(pipeline, jobs, size, options, from_photos):
@@ -270,13 +271,6 @@ def pick_best(entries, count):
             for i in range(0, len(entries), count)]
 
 
-def add_photos(entries, jobs, output_dir):
-    """The entries of `jobs` with the "photo" of their caption, relative to `output_dir`."""
-    return [entry if job.photo is None else
-            {**entry, "photo": os.path.relpath(job.photo, output_dir)}
-            for entry, job in zip(entries, jobs)]
-
-
 def find_nearest(args, clip, output_dir, entries):
     """[(picture (3, 256, 256) uint8, cosine)]: the training picture whose CLIP embedding is nearest
     to that of each rendered one; empty where --train_annot_path is not given. Puts file and cosine
@@ -294,9 +288,3 @@ def find_nearest(args, clip, output_dir, entries):
                                   "cosine": round(cosine.item(), 4)}
         found.append((torch.from_numpy(np.array(store.images[int(index)])), cosine.item()))
     return found
-
-
-def save_manifest(output_dir, settings, entries):
-    """`manifest.json`: the settings, and what each picture is."""
-    replace_file(Path(output_dir) / "manifest.json", lambda part: part.write_text(json.dumps(
-        {"settings": settings, "images": entries}, indent=1, ensure_ascii=False)))

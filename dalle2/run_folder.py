@@ -24,7 +24,7 @@ class RunFolder(contextlib.ExitStack):
     def __enter__(self):
         super().__enter__()
         if self.is_writer:
-            self.enter_context(hold_lock(self.path / ".lock", wait=False, told=UserError(
+            self.enter_context(hold_lock(self.path / ".lock", UserError(
                 f"{self.path} is in use by another process", "output_dir")))
         return self
 

@@ -127,17 +127,6 @@ def sample_dpmpp_2m(denoise, x_t, levels, draw=None):
 SAMPLERS = {"ddim": sample_ddim, "ddpm": sample_ddpm, "dpmpp_2m": sample_dpmpp_2m}
 
 
-def invert_ddim(denoise, x_start, levels):
-    """The noise of the first level from which DDIM draws x_start (B, ...), about: its steps walked
-    backwards. Ramesh et al. 2022, sec. 3.1; Dhariwal and Nichol 2021, appendix F."""
-    x_t = x_start  # taken for the least noisy level's
-    for after, level in pairwise(reversed(levels[:-1])):
-        x_start = denoise(x_t, after)
-        noise = (x_t - after.alpha * x_start) / after.sigma
-        x_t = level.alpha * x_start + level.sigma * noise
-    return x_t
-
-
 # ----------------------------------------------------------------------------------------------
 # denoisers
 

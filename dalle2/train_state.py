@@ -29,9 +29,9 @@ class TrainState:
     def __init__(self, module, config, accelerator, list_blocks=lambda module: (), can_split=True):
         self.config, self.accelerator, self.can_split = config, accelerator, can_split
         self.is_shared = config.fsdp and accelerator.num_processes > 1
-        share = count_rows(config.batch_size, accelerator.num_processes)
-        self.device_batch_size = min(config.device_batch_size or share, share) if can_split \
-            else share
+        self.share = count_rows(config.batch_size, accelerator.num_processes)  # of a global batch
+        self.device_batch_size = min(config.device_batch_size or self.share, self.share) \
+            if can_split else self.share
         memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         module = module.to(accelerator.device, memory_format=memory_format)
         self.average = copy.deepcopy(module).requires_grad_(False)
@@ -87,13 +87,11 @@ class TrainState:
         return None
 
     def _compute(self, step, batch, compute_loss, sync):
-        accelerator, config = self.accelerator, self.config
-        share = count_rows(config.batch_size, accelerator.num_processes)
-        losses = []
+        accelerator, config, share = self.accelerator, self.config, self.share
+        offset, losses = accelerator.process_index * share, []
         for first in range(0, share, self.device_batch_size):
             last = min(first + self.device_batch_size, share)
             part = {name: value[first:last] for name, value in batch.items()}
-            offset = accelerator.process_index * share
             random = BatchRandom(config.seed, step, "noise", batch_size=config.batch_size,
                                  rows=slice(offset + first, offset + last),
                                  device=accelerator.device)

@@ -16,11 +16,12 @@ from dalle2.checkpoint import load_export, read_export_header
 from dalle2.clip import load_clip
 from dalle2.config import config_to_dict
 from dalle2.diffusion import build_diffusion
-from dalle2.ema import PowerAverages, save_snapshot, synthesize
+from dalle2.ema import PowerAverages, save_snapshot
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
 from dalle2.tools import metrics
+from dalle2.tools.averages import synthesize
 from dalle2.tools.candidates import open_run, write_chosen
 
 PRIOR = replace(TOY.prior, sample_timesteps=2)

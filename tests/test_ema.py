@@ -5,14 +5,9 @@ import os
 import pytest
 import torch
 
-from dalle2.ema import (
-    PowerAverages,
-    list_snapshots,
-    save_snapshot,
-    solve_weights,
-    synthesize,
-)
+from dalle2.ema import PowerAverages, save_snapshot
 from dalle2.errors import UserError
+from dalle2.tools.averages import list_snapshots, solve_weights, synthesize
 
 STEPS, EVERY, WALKS = 400, 20, 64
 

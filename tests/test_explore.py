@@ -13,7 +13,7 @@ from PIL import Image
 from dalle2.config import UnetConfig
 from dalle2.diffusion import Diffusion
 from dalle2.pipeline import Pipeline, load_pipeline
-from dalle2.sampling import build_stages, compute_levels, invert_ddim, sample_ddim
+from dalle2.sampling import build_stages, compute_levels, sample_ddim
 from dalle2.tools import explore
 
 PHOTO, OTHER = "val/000000.jpg", "val/000003.jpg"
@@ -101,8 +101,8 @@ def test_inversion_of_the_gaussian_is_its_noise_and_ddim_leads_back():
     def denoise(x_t, level):
         return denoise_gaussian(x_t, level.alpha, level.sigma)
     levels, seen = compute_levels(diffusion, 200), []
-    noise = invert_ddim(lambda x_t, level: seen.append(level) or denoise(x_t, level), x_start,
-                        levels)
+    noise = explore.invert_ddim(
+        lambda x_t, level: seen.append(level) or denoise(x_t, level), x_start, levels)
     assert seen == levels[-2:0:-1]
     assert (noise - torch.linspace(-2, 2, 9)).abs().max() < 0.1
     assert (sample_ddim(denoise, noise, levels) - x_start).abs().max() < 0.02
@@ -155,7 +155,7 @@ def test_the_inversion_begins_where_the_network_can_tell_noise_from_its_own_erro
     assert kept[0] == levels[0] and kept[-1] == levels[-1]
     added = (x_t - kept[-2].alpha * x_start) / kept[-2].sigma
     assert abs(added.std() - 1) < 0.02 and abs(added.mean()) < 0.02
-    assert invert_ddim(denoise, x_start, levels).std() > 1.8  # from the clean end it fails
+    assert explore.invert_ddim(denoise, x_start, levels).std() > 1.8  # from the clean end it fails
     assert abs(explore.invert(pipeline, photo, embed, args).std() - 1) < 0.4
 
 

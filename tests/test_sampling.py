@@ -21,12 +21,12 @@ from dalle2.sampling import (
     build_stages,
     compute_levels,
     guide,
-    invert_ddim,
     repeat_guided,
     sample_image_embed,
     sample_images,
     threshold,
 )
+from dalle2.tools.explore import invert_ddim
 
 MEAN, SPREAD = 0.7, 0.3
 DIFFUSION = Diffusion(1000, "cosine")

@@ -289,7 +289,7 @@ def test_a_run_that_never_has_a_finite_gradient_stops_with_a_word(tmp_path):
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path):
-    with hold_lock(tmp_path / ".lock"), pytest.raises(UserError, match="in use by another"):
+    with hold_lock(tmp_path / ".lock", ""), pytest.raises(UserError, match="in use by another"):
         run_training(tmp_path)
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from dalle2.checkpoint import load_export, read_export_header, save_export
 from dalle2.config import PriorConfig, UnetConfig, config_from_dict
-from dalle2.ema import list_snapshots, solve_weights, synthesize
 from dalle2.errors import UserError
 from dalle2.files import hold_lock
 from dalle2.models import build_prior, build_unet
 from dalle2.sampling import Stage, sample_image_embed
+from dalle2.tools.averages import list_snapshots, solve_weights, synthesize
 
 
 @dataclass
@@ -96,7 +96,7 @@ def write_chosen(run, best, metric):
     """Writes the weights of the candidate `best` into the run's export."""
     if best["export"] == run.export.name:
         return print(f"{run.export} already holds the best weights")
-    with hold_lock(run.folder / ".lock", wait=False, told=UserError(
+    with hold_lock(run.folder / ".lock", UserError(
             f"{run.folder} is in use by another process", "write")):
         record = {"step": best["step"], "chosen": {
             "step": best["step"], "sigma_rel": best["sigma_rel"], "metric": metric,

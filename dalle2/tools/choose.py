@@ -1,7 +1,7 @@
 """Chooses the weights of a run by what they draw: `python -m dalle2.tools.choose --run_dir FOLDER`.
 
-The candidates are averages of several lengths at several steps (dalle2.ema) and the run's exports.
-All of them draw for the same held-out photos from the same seeds: a prior draws an embedding for
+The candidates are averages of several lengths at several steps (dalle2.tools.averages) and the
+run's exports. All of them draw for the same held-out photos from the same seeds: a prior draws an embedding for
 the first caption of each photo, the first decoder stage a picture from the photo's embedding, a
 later stage one from the photo in the size of the stage before. The scores are kept in
 `choice.json`; the same command computes only those that are missing.
@@ -15,7 +15,6 @@ import torch
 
 from dalle2 import cli
 from dalle2.clip import load_clip
-from dalle2.ema import MAX_SIGMA_REL
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import to_uint8
@@ -23,6 +22,7 @@ from dalle2.pipeline import load_matching_clip
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
 from dalle2.tools import metrics
+from dalle2.tools.averages import MAX_SIGMA_REL
 from dalle2.tools.candidates import (
     describe,
     draw,

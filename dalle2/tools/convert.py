@@ -15,15 +15,9 @@ from dalle2 import cli
 from dalle2.checkpoint import read_export_header, save_export
 from dalle2.config import PRESETS, PriorConfig, config_to_dict
 from dalle2.errors import UserError
+from dalle2.fast_modules import library, restore_modules
 from dalle2.files import replace_file
-from dalle2.models import (
-    build_prior,
-    build_stock_decoder,
-    build_stock_prior,
-    build_unet,
-    load_decoder,
-    load_prior,
-)
+from dalle2.models import build_prior, build_unet, load_decoder, load_prior
 
 
 def parse_args():
@@ -55,6 +49,25 @@ def main():
     kind, header, state = convert_from_stock(state, header, PRESETS[args.preset])
     save_export(args.output, kind, header, state)
     print(f"{args.output}: a {kind}, {len(state)} tensors")
+
+
+def build_stock_prior(network, config, embed_dim):
+    """dalle2_pytorch's DiffusionPrior around a network of `build_prior`, made stock again."""
+    return library.DiffusionPrior(restore_modules(network), image_embed_dim=embed_dim,
+                                  timesteps=config.timesteps, beta_schedule=config.beta_schedule,
+                                  text_cond_drop_prob=config.text_cond_drop_prob)
+
+
+def build_stock_decoder(unets, configs):
+    """dalle2_pytorch's Decoder around networks of `build_unet`, made stock again, with their
+    UnetConfigs."""
+    return library.Decoder(
+        tuple(map(restore_modules, unets)), image_sizes=tuple(c.image_size for c in configs),
+        timesteps=configs[0].timesteps, beta_schedule=tuple(c.beta_schedule for c in configs),
+        predict_x_start=tuple(c.objective == "x_start" for c in configs),
+        predict_v=tuple(c.objective == "v" for c in configs), learned_variance=False,
+        image_cond_drop_prob=configs[0].image_cond_drop_prob, text_cond_drop_prob=1.0,
+        use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
 
 
 def convert_to_stock(path, kind):

@@ -20,13 +20,13 @@ from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.files import compute_digest, hold_lock, replace_file
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
-from dalle2.plots import save_tradeoff
 from dalle2.processes import join_processes, share_errors
-from dalle2.render import Job, list_coco_captions, render_jobs, save_manifest
+from dalle2.render import Job, list_coco_captions, render_jobs
 from dalle2.rng import derive_seed
 from dalle2.sampling import SAMPLER, SAMPLERS
 from dalle2.tools import metrics
 from dalle2.tools.judge import Embedded, embed_captions, embed_photos, embed_train, load_judge
+from dalle2.tools.plots import save_tradeoff
 
 NUM_IMAGES, NUM_SWEEP_IMAGES, MIN_FID_IMAGES = 30_000, 200, 10_000
 NUM_DIVERSITY_CAPTIONS = 16
@@ -124,7 +124,7 @@ def main():
     with contextlib.ExitStack() as stack:
         with share_errors():
             if state.is_main_process:
-                stack.enter_context(hold_lock(output_dir / ".lock", wait=False, told=UserError(
+                stack.enter_context(hold_lock(output_dir / ".lock", UserError(
                     f"another process writes to {output_dir}", "output_dir")))
                 for folder, settings, _ in runs:
                     claim_folder(folder, settings)
@@ -248,8 +248,9 @@ def score_pictures(pictures, jobs, folder, settings, captions, photos):
     embed, more = pictures.embed[:count], pictures.embed[count:]
     features = None if pictures.features is None else pictures.features[:count]
     cosine = (embed * captions.text_embed[captions.own]).sum(-1).tolist()
-    save_manifest(folder, settings, [{**job.describe(), "clip_score": round(score, 4)}
-                                     for job, score in zip(jobs, cosine)])
+    images = [{**job.describe(), "clip_score": round(score, 4)} for job, score in zip(jobs, cosine)]
+    replace_file(folder / "manifest.json", lambda part: part.write_text(json.dumps(
+        {"settings": settings, "images": images}, indent=1, ensure_ascii=False)))
     cmmd, error = metrics.compute_cmmd(embed, photos.embed)
     diversity = metrics.compute_diversity(torch.cat(
         [embed[:first, None], more.view(first, -1, embed.shape[1])], 1)) if len(more) else None

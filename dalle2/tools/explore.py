@@ -8,6 +8,7 @@ test_dalle2.py.
 
 import os
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ from dalle2.sampling import (
     build_denoiser,
     compute_levels,
     draw_part,
-    invert_ddim,
     sample_ddim,
     sample_images,
 )
@@ -220,6 +220,17 @@ def invert(pipeline, photos, image_embed, args):
         return invert_ddim(denoise, x_t, levels)
     return torch.cat([in_groups(invert_photo, GROUP)(photo, embed)
                       for photo, embed in zip(photos.split(1), image_embed.split(1))])
+
+
+def invert_ddim(denoise, x_start, levels):
+    """The noise of the first level from which DDIM draws x_start (B, ...), about: its steps walked
+    backwards. Ramesh et al. 2022, sec. 3.1; Dhariwal and Nichol 2021, appendix F."""
+    x_t = x_start  # taken for the least noisy level's
+    for after, level in pairwise(reversed(levels[:-1])):
+        x_start = denoise(x_t, after)
+        noise = (x_t - after.alpha * x_start) / after.sigma
+        x_t = level.alpha * x_start + level.sigma * noise
+    return x_t
 
 
 def build_first_denoiser(stage, image_embed, args):
