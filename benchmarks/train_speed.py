@@ -4,12 +4,12 @@
     ViT-L/14 (random weights) in every step, captions padded to 77 positions;
 (b) stock: the networks of --preset in the same trainers, fp32, embeddings cached; for the prior
     also at 77 positions, as a user who does not look at the length of captions has it;
-(c) ours: the same networks as in (b), the functions of `dalle2.train_loop` and `dalle2.losses`.
+(c) ours: the same networks as in (b), with the losses of `dalle2.tasks` and `TrainState`'s steps.
 
 One process, one step of each way in turn, medians over --rounds. Data are random numbers.
 
-    python benchmarks/train_speed.py --preset base
-    python benchmarks/train_speed.py --preset seed --networks unet1 unet2
+    python -m benchmarks.train_speed --preset base
+    python -m benchmarks.train_speed --preset seed --networks unet1 unet2
 """
 
 import argparse
@@ -21,16 +21,13 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
-from dalle2.losses import compute_prior_loss, compute_unet_loss  # noqa: E402
 from dalle2_pytorch import (  # noqa: E402
     Decoder,
     DecoderTrainer,
@@ -42,9 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dalle2 import cli  # noqa: E402
 from dalle2.config import PRESETS  # noqa: E402
-from dalle2.diffusion import Diffusion, build_diffusion  # noqa: E402
 from dalle2.fast_modules import restore_modules  # noqa: E402
 from dalle2.models import build_prior, build_unet  # noqa: E402
+from dalle2.tasks import PriorTask, UnetTask  # noqa: E402
 from dalle2.train_state import TrainState  # noqa: E402
 
 EMBED_DIM = 768       # of ViT-L/14
@@ -112,25 +109,20 @@ def build_our_step(name, preset, batch_size, device, compiled):
     accelerator = cli.build_accelerator("auto")
     image_embed = torch.randn(batch_size, EMBED_DIM)
     if name == "prior":
-        config = preset.prior
-        module = build_prior(config, EMBED_DIM)
-        diffusion = Diffusion(config.timesteps, predict_x_start=True, device=device)
-        compute_loss = partial(compute_prior_loss, config=config, diffusion=diffusion)
+        task, module = PriorTask(preset.prior, accelerator), build_prior(preset.prior, EMBED_DIM)
         batch = {"image_embed": image_embed, "text_embed": image_embed,
-                 "text_encodings": draw_encodings(batch_size, config.max_text_len).half()}
+                 "text_encodings": draw_encodings(batch_size, preset.prior.max_text_len).half()}
     else:
         number = int(name[-1])
-        config = preset.decoder.unets[number - 1]
-        module = build_unet(config, number, EMBED_DIM)
-        compute_loss = partial(compute_unet_loss, config=config,
-                               diffusion=build_diffusion(config, device))
-        batch = {"image": draw_pictures(batch_size, config.crop_size or config.image_size)}
+        task = UnetTask(number, preset.decoder, accelerator)
+        module = build_unet(task.config, number, EMBED_DIM)
+        batch = {"image": draw_pictures(batch_size, task.crop_size)}
         batch |= {"image_embed": image_embed} if number == 1 else {
-            "lowres_cond_img": draw_pictures(batch_size, preset.decoder.unets[0].image_size),
+            "lowres_cond_img": draw_pictures(batch_size, task.lowres_size),
             "corner": torch.zeros(batch_size, 2, dtype=torch.long)}
-    train = replace(config.train, batch_size=batch_size, compile=compiled, snapshot_every=0)
+    train = replace(task.config.train, batch_size=batch_size, compile=compiled, snapshot_every=0)
     state = TrainState(module, train, accelerator)
-    return (lambda: state.compute_gradients(0, batch, compute_loss),
+    return (lambda: state.compute_gradients(0, batch, task.loss),
             lambda: state.update_weights(1, lr_factor=1.0))
 
 
