@@ -2,7 +2,8 @@
 # Everything that only a GPU can show, in one go: the tests that need CUDA, the speed tables, a
 # profile, and MINUTES of training on photographs with captions, rendered from held-out captions.
 # Hardware: one CUDA GPU with 24 GB or more (80 GB for the base preset's tables). Disk: 5 GB.
-# Time: MINUTES + about 10. What it finds lies in OUT (default output/gpu_check).
+# Time: MINUTES + about 10. What it finds lies in OUT (default output/gpu_check). An environment that
+# has the packages and pytest is used as it is, so that no package index is needed.
 #   MINUTES=20 DATA=../shared/data/flickr8k sh benchmarks/gpu_check.sh [tests] [speed] [training]
 # DATA holds annotations/captions_{train,val}.json (COCO captions format) and their pictures in
 # train/ and val/ or, for both, images/. PRESET (small) is what is trained, BATCH (256) the batch
@@ -16,7 +17,8 @@ data=${DATA:-../shared/data/flickr8k}
 out=${OUT:-output/gpu_check}
 preset=${PRESET:-small}
 batch=${BATCH:-256}
-need requirements.txt requirements-dev.txt
+"$PY" -c "import dalle2_pytorch, open_clip, accelerate, pycocotools, torchvision, pytest" \
+    2>/dev/null || need requirements.txt requirements-dev.txt
 mkdir -p "$out"
 export PYTHONWARNINGS=ignore
 
@@ -30,16 +32,16 @@ keep() {
 }
 
 run_tests() {
-    keep tests.txt "$PY" -m pytest tests/test_cuda.py -rs
+    keep tests.txt "$PY" -m pytest -m "" tests/test_cuda.py tests/test_waits.py -rs
 }
 
 run_speed() {
     for flag in "" --compile; do
         # shellcheck disable=SC2086  # no word where the flag is empty
-        keep "train_speed$flag.md" "$PY" benchmarks/train_speed.py --preset base --batch_size 32 \
+        keep "train_speed$flag.md" "$PY" -m benchmarks.train_speed --preset base --batch_size 32 \
             $flag --profile --json "$out/train_speed$flag.json"
     done
-    keep sample_speed.md "$PY" benchmarks/sample_speed.py --preset base --batch_size 16
+    keep sample_speed.md "$PY" -m benchmarks.sample_speed --preset base --batch_size 16
 }
 
 images() {

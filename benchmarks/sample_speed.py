@@ -9,7 +9,7 @@
 Random weights; sampling time does not depend on them. The last row is the prior alone, where ours
 reads the caption once. One process, in turn, medians over --rounds.
 
-    python benchmarks/sample_speed.py --preset toy
+    python -m benchmarks.sample_speed --preset toy
 """
 
 import argparse

@@ -62,10 +62,13 @@ def test_what_a_benchmark_imports_is_there():
 
 
 def test_scripts_are_posix_sh():
-    for path in (ROOT / "scripts").glob("*.sh"):
+    for path in ROOT.glob("*/*.sh"):
+        text = path.read_text()
         assert subprocess.run(["sh", "-n", path]).returncode == 0
-        if path.read_text().startswith("#!"):
-            assert "set -eu" in path.read_text(), path
+        assert "set -eu" in text or not text.startswith("#!"), path
+        assert not re.findall(r"benchmarks/\w+\.py", text), f"{path}: benchmarks are modules"
+        for name in re.findall(r"-m ((?:benchmarks|dalle2)[\w.]+)", text):
+            assert importlib.util.find_spec(name), f"{path}: {name}"
 
 
 def test_every_command_and_picture_of_the_readme_is_there():
