@@ -262,12 +262,14 @@ def time_step(network, train, draw_inputs, most):
     """(rows, seconds that forward and backward take for them, seconds of an update), of as many
     rows at a time as pay, `most` at most. train: TrainConfig."""
     device = next(network.parameters()).device
+    precision = cli.resolve_precision(train.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
     optimizers = build_optimizers(network, train)
 
     def compute_gradients(rows):
         inputs, condition = draw_inputs(rows)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             loss = network(*inputs, **condition).float().square().mean()
         loss.backward()
         loss.item()  # waits for a GPU
