@@ -9,7 +9,7 @@ difference of its embedding; for pictures in [0, 1] the RMSE and the amplitude i
 rising frequency (cycles a pixel), divided by the reference's; its own is printed above the table,
 divided by the photos'. Writes samplers.png, the errors against the steps.
 
-    python benchmarks/sampler_sweep.py --prior_ckpt P --decoder_ckpt D --test_img_path .. \\
+    python -m benchmarks.sampler_sweep --prior_ckpt P --decoder_ckpt D --test_img_path .. \\
         --test_annot_path .. --output_dir benchmarks
 """
 
