@@ -6,6 +6,7 @@ from torch import nn
 from dalle2 import cli
 from dalle2.clip import build_clip
 from dalle2.config import PRESETS, ClipConfig
+from dalle2.errors import UserError
 from dalle2.tasks import ClipTask
 from dalle2.train_loop import train
 
@@ -20,6 +21,10 @@ def parse_args():
 def main():
     args = parse_args()
     config, origins = cli.build_config(args, PRESETS[args.preset].clip)
+    if config.train.device_batch_size:
+        raise UserError("the loss of a CLIP compares all pairs of a batch, which is not computed "
+                        "in parts; choose a smaller --batch_size, or more devices",
+                        "device_batch_size")
     cli.check_data(args)
 
     # ---- network

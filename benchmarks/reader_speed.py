@@ -6,6 +6,9 @@ thread draws; one thread a core decodes JPEG files). The GPU is assumed to compu
 a training step to cost three forward passes a sample. The photos are read from disk; the
 embeddings, as wide as those of ViT-L/14, are random numbers.
 
+Measured is processor time, which other work on the machine does not change much: that of the thread
+that draws, and that of the threads that decode, which more cores share.
+
     python -m benchmarks.reader_speed --img_path photos --annot_path captions.json
 """
 
@@ -30,6 +33,7 @@ from dalle2.tasks import PriorTask, UnetTask
 GPU_RATE = 400e12     # FLOP/s that the networks reach
 EMBED_DIM = 768       # of ViT-L/14
 CAPTION_TOKENS = 14   # the mean of COCO, rounded up
+CORES = 2, 8
 
 
 def main():
@@ -42,17 +46,21 @@ def main():
                         help="batches drawn; medians are printed")
     args = parser.parse_args()
     gpu_rates = [GPU_RATE / (3 * flops) for _, _, _, flops, *_ in list_networks(args.preset)]
-    print(f"{torch.get_num_threads()} threads, preset {args.preset}, medians of {args.rounds} "
-          "batches\n")
-    print_header("store", "network", "samples a second", "a GPU of 400 TFLOP/s", "ratio")
+    torch.set_num_threads(1)  # of what draws; decoding has threads of its own
+    print(f"preset {args.preset}, medians of {args.rounds} batches\n")
+    print_header("store", "network", "µs a sample to draw", "to decode",
+                 f"samples a second on {CORES[0]} cores", f"on {CORES[1]}",
+                 "a GPU of 400 TFLOP/s", f"ratio on {CORES[1]}")
     for image_format in ("uint8", "jpeg"):
         with tempfile.TemporaryDirectory() as folder:
             store = build_store(args, image_format, Path(folder))
             for task, gpu_rate in zip(build_tasks(args.preset, store), gpu_rates):
-                rate = measure_rate(task, args.rounds)
+                drawing, decoding = measure_seconds(task, args.rounds)
+                rates = [1 / (drawing + decoding / cores) for cores in CORES]
                 name = f"unet {task.unet_number}" if isinstance(task, UnetTask) else "prior"
-                print_row(image_format, name, f"{rate:,.0f}", f"{gpu_rate:,.0f}",
-                          f"{rate / gpu_rate:.1f}")
+                print_row(image_format, name, f"{1e6 * drawing:.1f}", f"{1e6 * decoding:.1f}",
+                          *(f"{rate:,.0f}" for rate in rates), f"{gpu_rate:,.0f}",
+                          f"{rates[1] / gpu_rate:.1f}")
 
 
 def build_store(args, image_format, folder):
@@ -71,15 +79,17 @@ def build_tasks(preset_name, store):
               for unet_number in range(1, len(preset.decoder.unets) + 1))]
 
 
-def measure_rate(task, rounds):
-    """Samples a second of whole batches of the task's own size; the first is not counted."""
+def measure_seconds(task, rounds):
+    """(seconds a sample of the thread that draws, of all that decode), of processor time, of whole
+    batches of the task's own size; the first is not counted."""
     batch_size, seconds = task.config.train.batch_size, []
     for step in range(rounds + 1):
         random = BatchRandom(step, batch_size=batch_size)
-        start = time.perf_counter()
+        own, every = time.thread_time(), time.process_time()
         task.draw(step, slice(None), random)
-        seconds.append(time.perf_counter() - start)
-    return batch_size / statistics.median(seconds[1:])
+        own, every = time.thread_time() - own, time.process_time() - every
+        seconds.append((own / batch_size, max(0.0, every - own) / batch_size))
+    return tuple(map(statistics.median, zip(*seconds[1:])))
 
 
 if __name__ == "__main__":

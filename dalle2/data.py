@@ -23,6 +23,8 @@ from dalle2.files import build_once, read_source
 from dalle2.images import STORE_IMAGE_SIZE, cut_jpeg, decode_jpeg, resize
 from dalle2.rng import derive_seed
 
+CROPS_AT_A_TIME = 8  # that a thread decodes
+
 
 @dataclass(frozen=True)
 class CaptionedImage:
@@ -173,13 +175,19 @@ class JpegImages:
 
     def read_crops(self, indexes, corners, size):
         """(B, 3, size, size) of pictures `indexes` (B,), cut out at corners [(top, left)]. Decodes
-        only the rows that a crop needs."""
-        def read(index, corner):
-            top, left = corner
-            content, skipped = cut_jpeg(self._read(index), top, top + size)
-            rows = decode_jpeg(content)[top - skipped:top - skipped + size]
-            return rows[:, left:left + size].transpose(2, 0, 1)
-        return np.stack(list(self.pool.map(read, indexes, corners)))
+        only the rows that a crop needs; a thread does several, so that handing them out costs
+        little."""
+        crops = np.empty((len(indexes), 3, size, size), np.uint8)
+
+        def read(part):
+            for row in part:
+                top, left = corners[row]
+                content, skipped = cut_jpeg(self._read(indexes[row]), top, top + size)
+                rows = decode_jpeg(content)[top - skipped:top - skipped + size]
+                crops[row] = rows[:, left:left + size].transpose(2, 0, 1)
+        list(self.pool.map(read, [range(start, min(start + CROPS_AT_A_TIME, len(crops)))
+                                  for start in range(0, len(crops), CROPS_AT_A_TIME)]))
+        return crops
 
     def _read(self, index):
         return self.stream[self.start[index]:self.start[index + 1]].tobytes()

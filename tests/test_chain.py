@@ -182,6 +182,14 @@ def test_run_folders_tell_what_happened(chain):
 
 
 @pytest.mark.slow
+def test_what_a_gpu_is_checked_with_runs_its_tests_without_a_package_index(tmp_path):
+    """Without a GPU they are skipped, but found."""
+    printed = launch("env", "PIP_NO_INDEX=1", f"OUT={tmp_path}", "sh", "benchmarks/gpu_check.sh",
+                     "tests")
+    assert "passed" in printed and (torch.cuda.is_available() or "no GPU" in printed)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_COCO.is_dir(), reason="no genuine COCO photos beside the repository")
 def test_genuine_coco_photos(tmp_path):
     """200 photos, 1,001 captions, through the shell scripts: every one is accounted for, losses

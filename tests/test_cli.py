@@ -1,7 +1,9 @@
 """Bad input: one clear line, exit code 2, nothing written."""
 
+import gc
 import json
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -51,6 +53,13 @@ def test_training_refuses(run_script, data_flags, clip_path, tmp_path, flags, to
     result = run_script("train_prior.py", *data_flags, "--clip_pretrained", clip_path, "--preset",
                         "toy", "--output_dir", tmp_path / "run", *flags)
     check_refused(result, re.escape(told))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_of_a_clip_is_not_computed_in_parts(run_script, data_flags, tmp_path):
+    check_refused(run_script("train_clip.py", *data_flags, "--preset", "toy", "--output_dir",
+                             tmp_path / "run", "--device_batch_size", 8),
+                  "--device_batch_size: the loss of a CLIP compares all pairs of a batch")
     assert not (tmp_path / "run").exists()
 
 
@@ -160,6 +169,29 @@ def test_another_run_in_the_folder_is_refused(run_script, data_flags, clip_path,
     assert run_script("train_prior.py", *flags, 4)[0] == 0
     code, _, err = run_script("train_prior.py", *flags, 8)
     assert code == 2 and "batch_size: 4 before, 8 now" in err
+
+
+@pytest.mark.parametrize("script", ["train_prior.py", "train_decoder.py"])
+def test_the_clip_is_gone_before_training_begins(run_script, data_flags, clip_path, tmp_path,
+                                                 monkeypatch, script):
+    """On a GPU it would take memory from the network that is trained."""
+    loaded, trained = [], []
+
+    def load(args, load=cli.load_clip):
+        clip = load(args)
+        loaded.append(weakref.ref(clip))
+        return clip
+
+    def train(*, task, **parts):
+        gc.collect()
+        assert [clip() for clip in loaded] == [None]
+        trained.append(task)
+        raise UserError("far enough")
+    monkeypatch.setattr(cli, "load_clip", load)
+    monkeypatch.setattr("dalle2.train_loop.train", train)
+    run_script(script, *data_flags, "--clip_pretrained", clip_path, "--preset", "toy",
+               "--output_dir", tmp_path)
+    assert trained
 
 
 @pytest.mark.parametrize("capability, given, resolved", [

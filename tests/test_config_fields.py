@@ -25,6 +25,7 @@ from dalle2.models import build_prior, build_unet
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
+from dalle2.train_state import TrainState
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
              warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
@@ -100,6 +101,24 @@ def test_mixed_precision():
         AcceleratorState._reset_state(reset_partial_state=True)
         assert cli.build_accelerator(name).mixed_precision == name
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_channels_last(store):
+    """Kernels lie with their channels innermost; the loss stays what it was."""
+    losses = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        config = replace(TOY.decoder.unets[0], train=replace(
+            TOY.decoder.unets[0].train, batch_size=2, channels_last=channels_last))
+        task = UnetTask(1, DecoderConfig(unets=(config,)), Accelerator(cpu=True), store)
+        unet = shake_module(build_unet(config, 1, D))
+        state = TrainState(unet, config.train, task.accelerator)
+        kernels = [p for p in unet.parameters() if p.ndim == 4 and min(p.shape) > 1]
+        assert all(p.is_contiguous(memory_format=torch.channels_last) == channels_last
+                   for p in kernels)
+        batch = task.draw(0, slice(None), BatchRandom("data", batch_size=2))
+        losses.append(state.compute_gradients(0, batch, task.loss).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("other", [{"compile": True}, {"mixed_precision": "fp16"}])

@@ -152,11 +152,12 @@ def test_a_jpeg_file_without_restart_markers_is_read_whole():
 
 
 def test_crops_are_those_of_the_whole_pictures(toy, store, tmp_path):
-    indexes, corners = [5, 0, 5], torch.tensor([[0, 3], [192, 192], [77, 130]])
+    indexes, corners = [5, 0, 5] * 6, torch.tensor([[0, 3], [192, 192], [77, 130]] * 6)
     jpeg = prepare_store(f"{toy}/train", f"{toy}/captions_train.json", tmp_path,
                          image_format="jpeg", progress=False)
     for held in (store.images, jpeg.images):
-        crops = read_crops(held, indexes, corners, 64)
+        crops = read_crops(held, indexes, corners, 64)  # by several threads, a few each
+        assert len(crops) == len(indexes)
         for crop, index, (top, left) in zip(crops, indexes, corners.tolist()):
             assert np.array_equal(crop, held[index][:, top:top + 64, left:left + 64])
 

@@ -94,3 +94,16 @@ def test_training_time_counts_rows_updates_and_devices(monkeypatch, capsys):
         monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)
         doctor.estimate_training(preset, 128, doctor.Report())
         assert asked.pop() == most and f"prior: about {hours} hours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16),
+                                              ("fp16", torch.float16)])
+def test_a_step_is_timed_in_the_precision_of_training(monkeypatch, precision, dtype):
+    """A card before Ampere trains in fp16: bf16, which it emulates, would be far slower."""
+    monkeypatch.setattr(doctor.cli, "resolve_precision", lambda given: precision)
+    monkeypatch.setattr(doctor, "REPEATS", 1)
+    layer, seen = torch.nn.Linear(8, 8), set()
+    layer.register_forward_hook(lambda layer, args, output: seen.add(output.dtype))
+    rows, *_ = doctor.time_step(layer, PRESETS["base"].prior.train,
+                                lambda rows: ((torch.ones(rows, 8),), {}), most=2)
+    assert seen == {dtype} and rows in (1, 2)
