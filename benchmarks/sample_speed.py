@@ -30,8 +30,8 @@ from benchmarks.common import (
 )
 from dalle2 import cli
 from dalle2.config import PRESETS
-from dalle2.models import build_stock_decoder, build_stock_prior
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
+from dalle2.tools.convert import build_stock_decoder, build_stock_prior
 
 LIBRARY_STEPS = 1000
 

@@ -1,9 +1,9 @@
 """Chooses the weights of a run by what they draw: `python -m dalle2.tools.choose --run_dir FOLDER`.
 
 The candidates are averages of several lengths at several steps (dalle2.tools.averages) and the
-run's exports. All of them draw for the same held-out photos from the same seeds: a prior draws an embedding for
-the first caption of each photo, the first decoder stage a picture from the photo's embedding, a
-later stage one from the photo in the size of the stage before. The scores are kept in
+run's exports. All of them draw for the same held-out photos from the same seeds: a prior draws an
+embedding for the first caption of each photo, the first decoder stage a picture from the photo's
+embedding, a later stage one from the photo in the size of the stage before. The scores are kept in
 `choice.json`; the same command computes only those that are missing.
 """
 
