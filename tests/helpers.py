@@ -1,10 +1,13 @@
-"""What several tests need: a store, untrained exports, and what a refusal looks like."""
+"""What several tests need: a data set, untrained exports, two processes, what a refusal is."""
 
+import json
+import os
 import re
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import multiprocessing
 
 from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip, load_clip
@@ -38,6 +41,20 @@ def draw_unit(random, count):
     """(count, D) of unit norm, float16 as in a store."""
     embed = random.standard_normal((count, D))
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_coco(folder, images, captions):
+    """images: {name: PIL image or bytes}; captions: {name: list}. Returns the annotation path."""
+    (folder / "img").mkdir(exist_ok=True)
+    for name, image in images.items():
+        path = folder / "img" / name
+        path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+    entries = [{"id": 10 + i, "file_name": name} for i, name in enumerate(captions)]
+    texts = [(entry["id"], text) for entry in entries for text in captions[entry["file_name"]]]
+    annot_path = folder / "captions.json"
+    annot_path.write_text(json.dumps({"images": entries, "annotations": [
+        {"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(texts)]}))
+    return annot_path
 
 
 def write_clip(path, seed=0, noise=0.0):
@@ -89,6 +106,30 @@ def shake_module(module, noise=0.05):
     for weight in module.parameters():
         weight.add_(noise * torch.randn_like(weight))
     return module
+
+
+def extract_means(image):
+    """Features in place of Inception's: mean and spread of each color channel, (B, 6)."""
+    assert image.dtype == torch.uint8
+    return torch.cat([image.float().mean((2, 3)), image.float().std((2, 3))], 1)
+
+
+def run_in_two_processes(function, folder, *args):
+    """function(rank, folder, *args) in two processes of one launch; raises what either raised."""
+    multiprocessing.spawn(enter_process, (function, folder, *args), nprocs=2)
+
+
+def enter_process(rank, function, folder, *args):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="localhost", MASTER_PORT="0")  # they meet in a file
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                         world_size=2)
+    try:
+        function(rank, folder, *args)
+        torch.distributed.barrier()  # nobody leaves while the other still gathers
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def check_refused(result, told):

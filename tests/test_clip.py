@@ -7,7 +7,7 @@ import torch
 from helpers import write_clip
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from test_data import write_coco
+
 from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import to_pil_image
 

@@ -1,3 +1,5 @@
+"""The toy data set, and the judge that reads shape, color, size and place off a picture."""
+
 import io
 import json
 
@@ -31,7 +33,7 @@ def test_judge_reads_true_pictures(val):
 
 def test_judge_is_at_chance_for_wrong_captions(val):
     pictures, wanted = val
-    results = [r for k in range(1, 20)
+    results = [r for k in range(1, 20, 4)
                for r in toy_coco.map_check(pictures, wanted[k:] + wanted[:k])]
     accuracy = toy_coco.compute_accuracy(results)
     for name, values in (("background", [w["background"] for w in wanted]),
@@ -55,14 +57,6 @@ def test_judge_sees_each_attribute_change(val):
             assert result["background"] == [True] and result["place"][0]
 
 
-def test_blank_and_noise_pictures_are_wrong(val):
-    _, wanted = val
-    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    for array in (np.full((256, 256, 3), 128, np.uint8), noise):
-        accuracy = toy_coco.compute_accuracy(toy_coco.map_check([array] * len(wanted), wanted))
-        assert accuracy["color"] < 0.3 and accuracy["shape"] < 0.3 and accuracy["count"] < 0.6
-
-
 def test_val_holds_what_train_never_shows(toy):
     for split, held_out in (("train", False), ("val", True)):
         for attributes in toy_coco.load_attributes(toy / f"captions_{split}.json").values():
@@ -70,18 +64,17 @@ def test_val_holds_what_train_never_shows(toy):
                                    for item in attributes["objects"])
 
 
-def test_captions_are_coco_and_say_everything(toy):
+def test_captions_are_coco_and_name_all_that_a_picture_shows(toy):
     coco = COCO(str(toy / "captions_train.json"))
     for image_id, image in coco.imgs.items():
         captions = [a["caption"] for a in coco.imgToAnns[image_id]]
         assert len(captions) == 5 and len(set(captions)) >= 4
-        assert Image.open(toy / "train" / image["file_name"]).convert("L").size == (256, 256)
         for caption in captions:
             assert image["attributes"]["background"] in caption
             for item in image["attributes"]["objects"]:
-                assert item["color"] in caption
-                assert any(word in caption for word in toy_coco.SHAPES[item["shape"]])
-                assert any(word in caption for word in toy_coco.SIZE_WORDS[item["size"]])
+                for words in ([item["color"]], toy_coco.SHAPES[item["shape"]],
+                              toy_coco.SIZE_WORDS[item["size"]]):
+                    assert any(word in caption for word in words)
 
 
 def test_same_seed_same_data_and_a_finished_split_stays(toy, tmp_path, capsys):
