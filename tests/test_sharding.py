@@ -1,20 +1,14 @@
 """Networks shared out among processes: how much each holds, and what is gathered again.
 tests/test_processes.py trains them."""
 
-import time
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-from torch import multiprocessing
+from helpers import TOY, run_in_two_processes
 
 from dalle2.config import PRESETS
 from dalle2.models import build_prior, build_unet, list_blocks
 from dalle2.sharding import gather_state, load_module, shard
 
-TOY = PRESETS["toy"]
-PATIENCE = 600  # seconds for two processes to import torch, meet and finish on a busy machine
 BUILD = {"prior": lambda preset: build_prior(preset.prior, 768),
          "unet1": lambda preset: build_unet(preset.decoder.unets[0], 1, 768),
          "unet2": lambda preset: build_unet(preset.decoder.unets[1], 2, 768)}
@@ -29,26 +23,15 @@ def test_most_weights_are_gathered_block_by_block(name):
     assert max(sizes) < 0.15 * count(network.parameters())
 
 
-@pytest.mark.parametrize("name", BUILD)
-def test_two_processes_hold_half_each_and_gather_the_whole(name, tmp_path):
-    end = time.monotonic() + PATIENCE
-    running = multiprocessing.spawn(check_share, (name, f"file://{tmp_path}/meet"), nprocs=2,
-                                    join=False)
-    try:
-        while not running.join(timeout=1):  # it raises what a process raises
-            assert time.monotonic() < end, f"the two processes have not ended in {PATIENCE} s"
-    finally:
-        for process in running.processes:
-            process.kill()
+@pytest.mark.slow
+def test_two_processes_hold_half_each_and_gather_the_whole(tmp_path):
+    run_in_two_processes(check_shares, tmp_path)
 
 
-def check_share(rank, name, meet):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2,
-                            timeout=timedelta(seconds=PATIENCE))
-    try:
+def check_shares(rank, folder):
+    for build in BUILD.values():
         torch.manual_seed(0)
-        network = BUILD[name](TOY)
+        network = build(TOY)
         whole, held = network.state_dict(), count(network.parameters())
         whole = {key: value.clone() for key, value in whole.items()}
         shard(network, list_blocks(network), torch.device("cpu"))
@@ -60,9 +43,6 @@ def check_share(rank, name, meet):
         load_module(network, doubled)
         gathered = gather_state({"nested": [network.state_dict()]})["nested"][0]
         assert list_different(doubled, gathered) == []
-        dist.barrier()  # nobody leaves while the other still gathers
-    finally:
-        dist.destroy_process_group()
 
 
 def list_different(wanted, found):
