@@ -1,9 +1,15 @@
 """What several tests need: a data set, untrained exports, two processes, what a refusal is."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,6 +22,7 @@ from dalle2.data import Store
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 
+ROOT = Path(__file__).resolve().parents[1]
 TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
 
 
@@ -41,6 +48,22 @@ def draw_unit(random, count):
     """(count, D) of unit norm, float16 as in a store."""
     embed = random.standard_normal((count, D))
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float16)
+
+
+def make_network(name, device="cpu"):
+    """(network, arguments, conditions) of the toy preset's "prior", "unet1" or "unet2", three rows;
+    the unets' last layers, which begin at zero, are drawn."""
+    torch.manual_seed(0)
+    t, embed = torch.tensor([3, 500, 998], device=device), torch.randn(3, D, device=device)
+    if name == "prior":
+        return build_prior(TOY.prior, D).to(device), (embed, t), dict(
+            text_embed=embed.flip(0), text_encodings=torch.randn(3, 9, D, device=device))
+    number = int(name[-1])
+    network = build_unet(TOY.decoder.unets[number - 1], number, D).to(device)
+    torch.nn.init.normal_(network.to_out.weight, std=0.1)
+    x = torch.randn(3, 3, 32, 32, device=device)
+    return network, (x, t), dict(image_embed=embed) if number == 1 else dict(
+        image_embed=None, lowres_cond_img=x, lowres_noise_level=t)
 
 
 def write_coco(folder, images, captions):
@@ -130,6 +153,15 @@ def enter_process(rank, function, folder, *args):
         torch.distributed.barrier()  # nobody leaves while the other still gathers
     finally:
         torch.distributed.destroy_process_group()
+
+
+def call(script, *flags):
+    """Runs a Python script of the repository in this process; returns what it printed."""
+    printed = io.StringIO()
+    with patch.object(sys, "argv", [script, *map(str, flags)]), \
+            contextlib.redirect_stdout(printed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return printed.getvalue()
 
 
 def check_refused(result, told):

@@ -87,13 +87,13 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_not_tried_again(tmp_path
         render_jobs(FakePipeline(memory=0.5), JOBS, tmp_path / "b", {}, [])
 
 
-@pytest.mark.parametrize("precision, told", [
+@pytest.mark.parametrize("precision, message", [
     ("fp16", "^mixed_precision: the decoder's output for 'caption 1', seed 3, is not finite"),
     ("no", "^decoder_ckpt: .* the file is damaged")])
-def test_a_picture_that_is_not_finite_is_refused_and_not_saved(tmp_path, precision, told):
+def test_a_picture_that_is_not_finite_is_refused_and_not_saved(tmp_path, precision, message):
     pipeline = FakePipeline(bad_seed=3)
     pipeline.precision = precision
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         render_jobs(pipeline, JOBS, tmp_path, {}, [], batch_size=2)
     assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["caption 0 (2).jpg",
                                                                     "caption 0.jpg"]

@@ -62,8 +62,8 @@ class SmallTask:
 
 
 def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None, **parts):
-    """Trains a small network; returns (exported weights, raw weights, metrics). No curves are drawn:
-    it takes longer than all the rest. parts: of the SmallTask that are replaced: loss, draw,
+    """Trains a small network; returns (exported weights, raw weights, metrics). No curves are
+    drawn: it takes longer than all the rest. parts: of the SmallTask that are replaced: loss, draw,
     validate, sample, num_val, can_split."""
     torch.manual_seed(0)
     module = module or nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(),
