@@ -5,7 +5,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers import write_coco
 from PIL import Image
 
 from dalle2.clip import load_clip
@@ -86,16 +85,6 @@ def test_the_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, 
     assert np.array_equal(small[5], resize(image, 32).numpy())
 
 
-def test_the_picture_of_the_nearest_caption_is_found(store):
-    rows = [0, 4, 5, 9, 319]  # the first and last captions of pictures 0 and 1, and the very last
-    text_embed = torch.tensor(store.text_embed[rows]).float()
-    found = store.find_image_of_nearest_caption(text_embed)
-    wanted = torch.tensor(store.image_embed[[0, 0, 1, 1, 63]]).float()
-    nearest = (text_embed @ torch.tensor(store.text_embed[:]).float().T).argmax(1)
-    same = nearest == torch.tensor(rows)  # not where another picture has the very same caption
-    assert same.sum() >= 3 and torch.equal(found[same], wanted[same])
-
-
 def test_cut_text_encodings_keep_the_end_token(store):
     full = store.load_text_encodings([0], 26)[0]
     length = int((full.abs().sum(-1) > 0).sum())
@@ -164,16 +153,3 @@ def test_bad_annotations_are_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_captions(str(path), str(tmp_path))
     assert "\n" not in str(error.value)
-
-
-def test_a_prepared_store_is_reused_and_a_changed_source_is_not(tmp_path):
-    annot_path = write_coco(tmp_path, {"a.jpg": Image.new("RGB", (9, 9))}, {"a.jpg": ["one"]})
-
-    def prepare():
-        return prepare_store(tmp_path / "img", annot_path, tmp_path / "store", progress=False)
-    pictures = prepare().folder / "images" / "images.uint8"
-    stamp = pictures.stat().st_mtime_ns
-    prepare()
-    assert pictures.stat().st_mtime_ns == stamp
-    annot_path.write_text(annot_path.read_text().replace("one", "two"))
-    assert prepare().captions == [["two"]]

@@ -1,7 +1,6 @@
 """The look at data, CLIP and machine before a training."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from helpers import write_coco
 from PIL import Image
 
-from dalle2.config import PRESETS, DecoderConfig
 from dalle2.tools import doctor
 
 
@@ -83,16 +81,3 @@ def test_as_many_rows_are_timed_as_pay(monkeypatch, cost, most, told):
         clock[0] += cost(rows)
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock[0])
     assert doctor.find_rows(compute, most, budget=100) == (told, cost(told))
-
-
-def test_training_time_counts_rows_updates_and_devices(monkeypatch, capsys):
-    train = replace(PRESETS["toy"].prior.train, num_steps=3600, batch_size=100,
-                    device_batch_size=20)
-    preset = replace(PRESETS["toy"], prior=replace(PRESETS["toy"].prior, train=train),
-                     decoder=DecoderConfig(unets=()))
-    asked = []
-    monkeypatch.setattr(doctor, "time_step", lambda *args: asked.append(args[-1]) or (8, 0.4, 0.5))
-    for devices, most, hours in ((0, 20, "5.5"), (4, 20, "1.8")):
-        monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)
-        doctor.estimate_training(preset, 128, doctor.Report())
-        assert asked.pop() == most and f"prior: about {hours} hours" in capsys.readouterr().out

@@ -235,18 +235,6 @@ def test_a_small_real_set_and_then_everything(server, tmp_path):
     assert_complete(server, tmp_path, {"train": 30, "val": 20})
 
 
-@pytest.mark.slow
-def test_killed_at_six_moments_everything_arrives(server, tmp_path):
-    server.files, server.pause = make_coco(), 0.03
-    moments = random.Random(1)
-    codes = [run_cli(server, tmp_path, kill_after=moments.uniform(0.2, 0.6))[0] for _ in range(6)]
-    server.pause = 0
-    assert codes.count(-signal.SIGKILL) >= 3
-    code, _, err = run_cli(server, tmp_path)
-    assert code == 0, err
-    assert_complete(server, tmp_path, {"train": 30, "val": 20})
-
-
 def test_what_is_missing_or_no_jpeg_is_one_line(server, tmp_path):
     server.files = make_coco()
     server.files["/val2014/COCO_val2014_000000000003.jpg"] = b"<html>sorry</html>"

@@ -1,6 +1,5 @@
 """Power-function averages: their profile, snapshots, and other lengths put together from these."""
 
-import os
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from dalle2.ema import (
     solve_weights,
     synthesize,
 )
-from dalle2.errors import UserError
 
 STEPS, EVERY, WALKS = 400, 20, 64
 
@@ -102,27 +100,3 @@ def test_a_run_resumes_to_the_last_bit(tmp_path):
     for sigma_rel, average in whole.state_dict().items():
         for name, value in average.items():
             assert torch.equal(value, first.state_dict()[sigma_rel][name])
-
-
-def test_a_kill_while_saving_leaves_whole_files_and_damage_is_named(tmp_path, monkeypatch):
-    module, replace, renamed = Weights(), os.replace, []
-
-    def die_at_second(source, target):
-        renamed.append(target)
-        if len(renamed) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-    averages = PowerAverages(module)
-    averages.update(1)
-    with pytest.raises(UserError, match="run_dir: .* no averages up to step 1"):
-        synthesize(tmp_path, 1, 0.1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", die_at_second)
-        save_snapshot(tmp_path, 1, averages.collect(), {})
-    (path,) = list_snapshots(tmp_path).values()
-    assert path.name == "step_00000001_sigma_0.05.safetensors"
-    assert len(list(path.parent.iterdir())) == 2  # and what was being written
-    assert synthesize(tmp_path, 1, 0.1)["constant"].tolist() == pytest.approx([0.7] * 3, rel=1e-3)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=f"{path} is no export"):
-        synthesize(tmp_path, 1, 0.1)

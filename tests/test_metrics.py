@@ -4,10 +4,8 @@ import hashlib
 import math
 import random
 import socket
-import time
 
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +14,6 @@ from dalle2.tools import metrics
 from dalle2.tools.metrics import (
     compute_cmmd,
     compute_diversity,
-    compute_fid_kid,
     compute_memorization,
     compute_r_precision,
     draw_other_captions,
@@ -159,29 +156,6 @@ def test_memorization_tells_copies_from_new_pictures(monkeypatch):
 # FID and KID
 
 
-def test_fid_and_kid_are_those_of_their_papers():
-    pytest.importorskip("torchmetrics")
-    real, fake = draw_embeds(60, 0), draw_embeds(60, 1, 1.0)
-    scores = compute_fid_kid(real, fake)
-    means, covariances = zip(*((x.mean(0).numpy(), x.double().T.cov().numpy())
-                               for x in (real, fake)))
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    fid = ((means[0] - means[1]) ** 2).sum() + (sum(covariances) - 2 * root).trace()
-    assert scores["fid"] == pytest.approx(fid, rel=1e-4) and fid > 0.05
-
-    def k(a, b):
-        return (a.double() @ b.double().T / 16 + 1) ** 3
-    within = sum((k(x, x).sum() - k(x, x).diagonal().sum()) / (60 * 59) for x in (real, fake))
-    assert scores["kid"] == pytest.approx((within - 2 * k(real, fake).mean()).item(), rel=1e-4)
-    assert scores["kid_std"] == pytest.approx(0, abs=1e-6)  # each draw is all of them
-    assert compute_fid_kid(real, real)["fid"] == pytest.approx(0, abs=1e-4)
-    many = compute_fid_kid(draw_embeds(1200, 0), fake)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert many == compute_fid_kid(draw_embeds(1200, 0), fake) and many["kid_std"] > 0
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_inception_from_a_file_needs_no_network(monkeypatch, tmp_path):
     inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with monkeypatch.context() as patch:
@@ -200,18 +174,3 @@ def test_inception_from_a_file_needs_no_network(monkeypatch, tmp_path):
     image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     features = load_inception()(image)
     assert features.shape == (2, 2048) and torch.equal(features, network(image)[0])
-
-
-def test_a_server_that_never_answers_is_one_line_in_bounded_time(monkeypatch, tmp_path):
-    pytest.importorskip("torch_fidelity")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="inception_weights: no such file"):
-        load_inception(tmp_path / "absent.pth")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(metrics, "INCEPTION_URL",
-                            f"http://127.0.0.1:{server.getsockname()[1]}/weights-1.pth")
-        start = time.monotonic()
-        with pytest.raises(UserError, match="could not be downloaded") as error:
-            load_inception(timeout=0.3)
-    assert time.monotonic() - start < 3 and "\n" not in str(error.value)
-    assert socket.getdefaulttimeout() is None and not list(tmp_path.rglob("weights*"))

@@ -26,17 +26,6 @@ def make_prior_inputs(batch=3, length=9):
         text_embed=torch.randn(batch, D), text_encodings=text_encodings)
 
 
-def test_decoder_stages_are_those_that_the_stock_decoder_builds():
-    """`Decoder` re-creates networks that lack its flags; ours are taken as they are."""
-    configs = TOY.decoder.unets
-    unets = tuple(build_unet(c, n, 96) for n, c in enumerate(configs, start=1))
-    decoder = library.Decoder(unets, image_sizes=tuple(c.image_size for c in configs),
-                              learned_variance=False, use_noise_for_lowres_cond=True,
-                              use_blur_for_lowres_cond=False)
-    for ours, kept in zip(unets, decoder.unets):
-        assert kept is ours
-
-
 def run(network, *args, **kwargs):
     """[output, gradient of the first argument, of every parameter] of a weighted sum."""
     x = args[0].clone().requires_grad_()

@@ -3,7 +3,6 @@
 import io
 import json
 
-import numpy as np
 import pytest
 import toy_coco
 from PIL import Image
@@ -29,20 +28,6 @@ def test_judge_reads_true_pictures(val):
     for shown in (pictures, [small_trip(p) for p in pictures]):
         accuracy = toy_coco.compute_accuracy(toy_coco.map_check(shown, wanted))
         assert min(accuracy.values()) >= 0.99, accuracy
-
-
-def test_judge_is_at_chance_for_wrong_captions(val):
-    pictures, wanted = val
-    results = [r for k in range(1, 20, 4)
-               for r in toy_coco.map_check(pictures, wanted[k:] + wanted[:k])]
-    accuracy = toy_coco.compute_accuracy(results)
-    for name, values in (("background", [w["background"] for w in wanted]),
-                         ("count", [len(w["objects"]) for w in wanted])):
-        shares = np.unique(values, return_counts=True)[1] / len(values)
-        assert abs(accuracy[name] - (shares ** 2).sum()) < 0.05, name
-    # one object is sometimes judged against nothing, where two were described
-    for name, chance in (("color", 1 / 4), ("shape", 1 / 4), ("size", 1 / 2)):
-        assert chance * 0.65 < accuracy[name] < chance + 0.05, (name, accuracy[name])
 
 
 def test_judge_sees_each_attribute_change(val):

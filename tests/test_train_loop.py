@@ -272,20 +272,6 @@ def test_the_best_weights_by_validation_are_exported_and_the_last_beside_them(tm
     assert load_newest_checkpoint(tmp_path / "checkpoints")["best"] == {"step": 4, "val_loss": 3.0}
 
 
-def test_checkpoints_are_also_written_by_the_clock(tmp_path, monkeypatch):
-    """A step of four samples takes 40 seconds by this clock."""
-    seconds = []
-    monkeypatch.setattr("dalle2.train_loop.time.monotonic", lambda: sum(seconds))
-    monkeypatch.setattr("dalle2.train_loop.LOG_EVERY", 1)
-    *_, metrics = run_training(
-        tmp_path, replace(CONFIG, save_every=100, save_minutes=1.0, validate_every=100),
-        can_sample=True, sample=lambda module: torch.zeros(3, 8, 8),
-        at_step=lambda step: seconds.append(40))
-    assert {row["samples_per_sec"] for row in metrics} == {0.1}
-    assert [path.name for path in sorted((tmp_path / "samples").iterdir())[:2]] == [
-        "step_00000002.jpg", "step_00000004.jpg"]
-
-
 class SmallDevice(nn.Module):
     """A network that runs out of memory with more than `rows` rows, from step `since` on."""
 
