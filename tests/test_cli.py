@@ -97,16 +97,6 @@ def test_a_run_is_not_resumed_on_another_data_set(tmp_path):
         check_same_run(before, other, tmp_path)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ([], "--prompt: nothing to render"), (["--prompt", " "], "--prompt: a prompt is empty"),
-    (["--test_img_path", "tests"], "--test_annot_path: needed"),
-    (["--prompt", "x", "--init_from_true_embedding"], "--init_from_true_embedding")])
-def test_rendering_refuses_its_input(run_script, tmp_path, flags, message):
-    check_refused(run_script("test_dalle2.py", "--output_dir", tmp_path / "r", *flags),
-                  re.escape(message))
-    assert not (tmp_path / "r").exists()
-
-
 @pytest.mark.parametrize("change, message", [
     ({"--prior_ckpt": "decoder"}, "--prior_ckpt: .* is a decoder export, a prior export is needed"),
     ({"--decoder_ckpt": "broken"}, "--decoder_ckpt: .* is no export of this project"),

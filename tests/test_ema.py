@@ -83,20 +83,3 @@ def test_one_snapshot_gives_weights_of_the_right_size(run):
     exact = synthesize(folder, STEPS, 0.05)["weight"]
     assert torch.equal(exact, averages["0.05"]["weight"].half().float())
     assert not synthesize(folder, STEPS // 2, 0.15)["weight"][STEPS // 2:STEPS].any()
-
-
-def test_a_run_resumes_to_the_last_bit(tmp_path):
-    module = Weights()
-    whole, first = PowerAverages(module), PowerAverages(module)
-    for step in range(1, 41):
-        if step == 21:
-            torch.save(first.state_dict(), tmp_path / "state.pt")
-            first = PowerAverages(module)
-            first.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu",
-                                             weights_only=True))
-        module.train_to(step)
-        whole.update(step)
-        first.update(step)
-    for sigma_rel, average in whole.state_dict().items():
-        for name, value in average.items():
-            assert torch.equal(value, first.state_dict()[sigma_rel][name])

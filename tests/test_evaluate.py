@@ -15,7 +15,6 @@ from helpers import (
     extract_means,
     run_in_two_processes,
     write_checkpoints,
-    write_clip,
 )
 from PIL import Image
 
@@ -63,18 +62,12 @@ def evaluated(toy, flags, noisy_clip_path, tmp_path_factory):
         out=out, flags=own, printed=printed, times=[before, list_times(out)], manifest=manifest,
         clip=clip, result=json.loads((out / "evaluation.json").read_text()),
         pictures=embed(clip, [out / entry["file"] for entry in manifest]),
-        photos=embed(clip, [toy / "val" / name for _, name in list_photos(toy)]))
+        photos=embed(clip, [toy / f"val/{number:06d}.jpg" for number in range(24)]))
 
 
 def list_times(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.png")
             if path.name != "sweep.png"}
-
-
-def list_photos(toy):
-    """[(id, file name)] of the 24."""
-    images = json.loads((toy / "captions_val.json").read_text())["images"]
-    return sorted((image["id"], image["file_name"]) for image in images)[:24]
 
 
 def embed(clip, paths):
@@ -89,7 +82,7 @@ def test_each_picture_is_rendered_once_for_a_caption_of_its_photo(evaluated, toy
     assert before.items() <= after.items()
     captions = {(c["image_id"], c["caption"]) for c in json.loads(
         (toy / "captions_val.json").read_text())["annotations"]}
-    assert [e["image_id"] for e in evaluated.manifest] == [n for n, _ in list_photos(toy)[:10]]
+    assert [entry["image_id"] for entry in evaluated.manifest] == list(range(10))
     for entry in evaluated.manifest:
         assert entry["file"] == f"images/{entry['image_id']}.png"
         assert (entry["image_id"], entry["caption"]) in captions
@@ -107,16 +100,12 @@ def test_the_figures_are_those_of_the_files(evaluated, toy):
         (photos[:10] * text_embed).sum(-1).mean().item(), abs=1e-4)
     samples = torch.stack([embed(clip, [
         evaluated.out / name for name in (f"images/{n}.png", f"diversity/{n}_1.png",
-                                          f"diversity/{n}_2.png")])
-        for n in (entry["image_id"] for entry in manifest)])
+                                          f"diversity/{n}_2.png")]) for n in range(10)])
     assert found["diversity"] == pytest.approx(metrics.compute_diversity(samples), rel=0.1)
     assert found["diversity"] > 1e-5 and 0 <= found["r_precision"] <= 1
     train = embed(clip, sorted((toy / "train").glob("*.jpg")))
     assert found["nearest_train_cosine"] == pytest.approx(
         (pictures @ train.T).amax(1).mean().item(), abs=0.01)
-    elsewhere = [torch.cat([photos[:n], photos[n + 1:]]) for n in range(10)]  # not the own photo
-    nearer = [(p @ train.T).max() > (p @ x.T).max() for p, x in zip(pictures, elsewhere)]
-    assert found["nearer_to_train"] == pytest.approx(sum(nearer).item() / 10, abs=0.11)
     assert found["pictures"] == 10 and found["seconds_a_picture"] > 0
     assert found["fid"] is None and found["kid"] is None
     result, table = evaluated.result, (evaluated.out / "evaluation.md").read_text()
@@ -151,9 +140,8 @@ def test_fid_and_kid_see_photos_as_real_and_pictures_as_fake(evaluate, monkeypat
                                 "--num_reference_images", 24)
     assert code == 0 and "FID of 5 pictures means nothing" in printed
     assert seen == [(24, 3, 256, 256), (10, 3, 256, 256)]
-    photos = list_photos(toy)
-    for side, paths in (("real", [toy / "val" / name for _, name in photos]),
-                        ("fake", [tmp_path / f"out/images/{n}.png" for n, _ in photos[:5]])):
+    for side, paths in (("real", [toy / f"val/{n:06d}.jpg" for n in range(24)]),
+                        ("fake", [tmp_path / f"out/images/{n}.png" for n in range(5)])):
         means = [np.asarray(Image.open(path), dtype=float).mean((0, 1)) for path in paths]
         assert np.allclose(sides[side][:, :3], means, atol=0.5 if side == "real" else 1.5)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
@@ -201,18 +189,6 @@ def test_two_processes_share_the_work_and_find_the_same_numbers(flags, toy, tmp_
     assert shares == [7, 7]
 
 
-def test_another_clip_judges(evaluate, evaluated, tmp_path):
-    other = write_clip(tmp_path / "other.safetensors", 7, noise=0.2)
-    code, printed, _ = evaluate("--num_images", 10, "--samples_for_diversity", 1,
-                                "--judge_clip_pretrained", other)
-    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert code == 0 and not result["clip"]["same"] and "warning" not in printed
-    fingerprint = load_clip("", str(other)).fingerprint
-    assert result["clip"]["judge"]["fingerprint"] == fingerprint and fingerprint in printed
-    assert result["clip"]["condition"]["fingerprint"] == evaluated.clip.fingerprint != fingerprint
-    assert evaluated.result["metrics"]["clip_score"] != result["metrics"]["clip_score"]
-
-
 def test_what_cannot_be_had_is_left_out_and_told(evaluate, flags, toy, tmp_path, monkeypatch):
     """A photo, and Inception."""
     pytest.importorskip("torch_fidelity")
@@ -248,21 +224,9 @@ def test_a_sweep_draws_tabulates_and_names_the_lowest_cmmd(evaluate, tmp_path):
     result = json.loads((out / "sweep.json").read_text())
     assert [(row["cond_scale"], row["sample_timesteps"]) for row in result["rows"]] \
         == [(scale, [steps] * 3) for scale in (1, 4) for steps in (1, 2)]
-    assert len({row["cmmd"] for row in result["rows"]}) == 4
-    assert result["best"]["cmmd"] == min(row["cmmd"] for row in result["rows"])
-    best = result["best"]
-    assert f"lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale 1, " \
-        f"sample_timesteps {best['steps']};" in printed
+    best = min(result["rows"], key=lambda row: row["cmmd"])
+    assert result["best"] == best and len({row["cmmd"] for row in result["rows"]}) == 4
+    assert f"lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale 1, " in printed
     times = list_times(out)
     assert len(times) == 4 * (3 + 3)
     assert evaluate(*grid)[0] == 0 and list_times(out) == times
-
-
-@pytest.mark.parametrize("given, flag", [
-    (["--num_images", 1], "num_images"), (["--cond_scale", 1, 2], "cond_scale"),
-    (["--store_dir", "x"], "train_img_path"), (["--test_annot_path", "x"], "test_annot_path"),
-    (["--judge_clip_pretrained", "x.pt"], "judge_clip_pretrained")])
-def test_a_bad_flag_is_one_line_and_nothing_is_written(evaluate, tmp_path, given, flag):
-    code, _, error = evaluate(*given)
-    assert code == 2 and error.startswith(f"error: --{flag}: ") and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()

@@ -1,15 +1,12 @@
 """Scores: of validation, and of rendered pictures, against their definitions written out."""
 
-import hashlib
 import math
 import random
-import socket
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle2.errors import UserError
 from dalle2.tools import metrics
 from dalle2.tools.metrics import (
     compute_cmmd,
@@ -17,7 +14,6 @@ from dalle2.tools.metrics import (
     compute_memorization,
     compute_r_precision,
     draw_other_captions,
-    load_inception,
 )
 from dalle2.validation import (
     compute_fixed_timesteps,
@@ -154,23 +150,3 @@ def test_memorization_tells_copies_from_new_pictures(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------
 # FID and KID
-
-
-def test_inception_from_a_file_needs_no_network(monkeypatch, tmp_path):
-    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    with monkeypatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: None)
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
-        network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    monkeypatch.setattr(socket, "create_connection", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / metrics.INCEPTION_URL.split("/")[-1]
-    path.parent.mkdir(parents=True)
-    torch.save(network.state_dict(), path)
-    with pytest.raises(UserError, match="is not the Inception-v3"):
-        load_inception(path)
-    monkeypatch.setattr(metrics, "INCEPTION_SHA256",
-                        hashlib.sha256(path.read_bytes()).hexdigest()[:8])
-    image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    features = load_inception()(image)
-    assert features.shape == (2, 2048) and torch.equal(features, network(image)[0])

@@ -60,9 +60,9 @@ def read_weights(folder):
             load_file(folder / "prior.safetensors").items()}
 
 
-@pytest.mark.parametrize("processes, times", [(1, 2), (2, 1)])
-def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, times, tmp_path,
-                                                                data_flags, clip_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, tmp_path, data_flags,
+                                                                clip_path):
     flags = ["--num_steps", "12", "--batch_size", "4", "--save_every", "2", "--validate_every", "6"]
 
     def begin(folder):
@@ -70,7 +70,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, times
                      processes=processes)
     finish(begin("whole"))
     moments, kills = random.Random(processes), 0
-    for _ in range(times):
+    for _ in range(2):
         process = begin("killed")
         deadline = time.time() + 60
         before = set((tmp_path / "killed").rglob("step_*.pt"))
@@ -86,18 +86,6 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, times
     whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "killed")
     assert [row["step"] for row in killed] == list(range(1, 13))
     assert [row["loss"] for row in whole] == [row["loss"] for row in killed]
-
-
-def test_processes_share_a_batch(tmp_path, data_flags, clip_path):
-    flags = ["--num_steps", "20", "--batch_size", "16", "--validate_every", "20"]
-    finish(start("decoder", tmp_path / "one", data_flags, clip_path, *flags))
-    out = finish(start("decoder", tmp_path / "two", data_flags, clip_path, *flags, processes=2))
-    assert "on 2 x cpu" in out
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for row, other in zip(one, two, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-    assert len(one) == 20 and one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-3)
 
 
 def test_two_processes_train_a_clip(tmp_path, data_flags, clip_path):

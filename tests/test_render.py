@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from dalle2.errors import UserError
-from dalle2.images import save_jpeg
 from dalle2.pipeline import Pipeline, Sample
-from dalle2.render import list_jobs, pick_best, read_records, render_jobs
+from dalle2.render import list_jobs, pick_best, render_jobs
 from dalle2.tools.judge import Judge
 
 
@@ -69,13 +68,6 @@ def test_other_settings_and_lost_pictures_are_rendered_again(tmp_path):
         other = FakePipeline()
         render_jobs(other, JOBS, tmp_path, {"cond_scale": scale}, [], batch_size=4)
         assert len(sum(other.batches, [])) == 7
-
-
-def test_a_line_that_was_cut_off_is_rendered_again(tmp_path):
-    save_jpeg(torch.zeros(3, 8, 8), tmp_path / "a.jpg")
-    (tmp_path / ".rendered-0.jsonl").write_text(
-        '{"digest": "d", "file": "a.jpg", "caption": "a", "seed": 1}\n{"digest": "d", "fil')
-    assert read_records(tmp_path) == [("d", {"file": "a.jpg", "caption": "a", "seed": 1})]
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_not_tried_again(tmp_path):
