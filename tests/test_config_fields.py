@@ -14,6 +14,7 @@ from dalle2 import cli
 from dalle2 import config as kinds
 from dalle2.clip import build_clip
 from dalle2.errors import UserError
+from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
@@ -161,3 +162,18 @@ def test_decoder(number, field, seen, store):
         config, seen = replace(config, dim_mults=(1, 2, 4)), {}
     value = {**UNET, **UPSAMPLER}[field]
     assert_changes(seen, f"unet{number}", run, config, replace(config, **{field: value}))
+
+
+def test_the_upsampler_sees_the_place_that_it_draws(store):
+    """Where target and condition are cut out at different corners, little can be learned."""
+    upsampler, seen = replace(TOY.decoder.unets[1], lowres_noise_max_level=0), []
+    task = UnetTask(2, kinds.DecoderConfig(unets=(TOY.decoder.unets[0], upsampler)),
+                    Accelerator(cpu=True), store)
+
+    def keep(x_t, t, *, lowres_cond_img, lowres_noise_level):
+        seen.extend(resize(part, 8).flatten(1) for part in (x_t, lowres_cond_img))
+        return x_t
+    batch = task.load(store, np.arange(4), BatchRandom("data", batch_size=4))
+    batch["t"] = torch.zeros(4, dtype=torch.long)  # hardly any noise
+    task.loss(keep, batch, BatchRandom("noise", batch_size=4))
+    assert torch.nn.functional.cosine_similarity(*seen).min() > 0.5

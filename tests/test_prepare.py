@@ -51,6 +51,13 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
         assert reason in line.lower(), line
 
 
+def test_a_store_of_changed_captions_is_made_anew(tmp_path):
+    annot_path = write_coco(tmp_path, {"a.jpg": GOOD}, {"a.jpg": ["one"]})
+    assert prepare(tmp_path, annot_path).captions == [["one"]]
+    annot_path.write_text(annot_path.read_text().replace("one", "two"))
+    assert prepare(tmp_path, annot_path).captions == [["two"]]
+
+
 def test_a_jpeg_store_shows_the_same_pictures_in_less_space(toy, tmp_path):
     arguments = toy / "train", toy / "captions_train.json"
     plain = prepare_store(*arguments, tmp_path / "plain", progress=False)
