@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import TOY, D, change_unets, check_refused, write_checkpoints
+from helpers import TOY, D, change_unets, write_checkpoints
 
 from dalle2 import sampling
 from dalle2.checkpoint import load_export, read_export_header
@@ -143,10 +143,3 @@ def test_a_stage_is_written_beside_the_others(folder, tmp_path):
     for name, value in weights.items():
         assert torch.equal(value, state[name.removeprefix("unets.0.")] if "unets.0." in name
                            else before[1][name])
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--sigma_rel", 0.5], "--sigma_rel: 0.5"), (["--steps", 3], "--steps: .*step 3"),
-    (["--metric", "kid"], "--metric: a prior")])
-def test_a_bad_flag_is_one_line(choose, folder, flags, message):
-    check_refused(choose(folder, *flags), message)

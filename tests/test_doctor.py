@@ -4,7 +4,6 @@ import sys
 from functools import partial
 
 import pytest
-import torch
 from helpers import write_coco
 from PIL import Image
 
@@ -64,20 +63,3 @@ def test_bad_data_is_told_with_what_to_do(run_doctor, clip_path, tmp_path, monke
     assert "give --val_annot_path" in find(lines, "no validation")
     code, lines = run_doctor(*flags[:-3], str(tmp_path / "no_clip.pt"))
     assert code == 1 and find(lines, "no such file").startswith("error    --clip_pretrained")
-
-
-@pytest.mark.parametrize("cost, most, told", [
-    (lambda rows: 1.0, 48, 48),                          # launch-bound: the more the better
-    (lambda rows: max(1.0, rows / 8), 512, 8),           # full at 8 rows
-    (lambda rows: 1.0 + (rows == 2), 64, 64),            # one bad measurement does not end it
-    (lambda rows: 1.0 if rows < 32 else None, 512, 16),  # no memory for 32
-    (lambda rows: 30.0 * rows, 512, 1)])                 # no time for more than one
-def test_as_many_rows_are_timed_as_pay(monkeypatch, cost, most, told):
-    clock = [0.0]
-
-    def compute(rows):
-        if cost(rows) is None:
-            raise torch.cuda.OutOfMemoryError
-        clock[0] += cost(rows)
-    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock[0])
-    assert doctor.find_rows(compute, most, budget=100) == (told, cost(told))

@@ -84,16 +84,6 @@ def test_cmmd_is_that_of_the_paper(monkeypatch):
     assert compute_cmmd(y, x)[0] == pytest.approx(expected, abs=1e-3)
 
 
-def test_cmmd_of_the_same_distribution_is_about_zero_and_its_error_is_right():
-    reference = draw_embeds(400, 0)
-    same = torch.tensor([compute_cmmd(draw_embeds(64, seed), reference) for seed in range(1, 201)])
-    assert abs(same[:, 0].mean()) < 4 * same[:, 0].std() / 200 ** 0.5 + 0.01  # unbiased
-    moved = torch.tensor([compute_cmmd(draw_embeds(64, seed, 2.0), reference)
-                          for seed in range(1, 201)])
-    assert moved[:, 0].min() > same[:, 0].max()
-    assert moved[:, 1].mean() == pytest.approx(moved[:, 0].std().item(), rel=0.2)
-
-
 def test_other_captions_are_fixed_and_never_the_own_words():
     captions = [f"caption {n % 150}" for n in range(200)]  # fifty of them twice
     pool, own, others = draw_other_captions(captions, 99)

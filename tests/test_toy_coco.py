@@ -6,7 +6,6 @@ import json
 import pytest
 import toy_coco
 from PIL import Image
-from pycocotools.coco import COCO
 
 
 @pytest.fixture(scope="module")
@@ -16,18 +15,15 @@ def val(toy):
     return pictures, [truth[i] for i in sorted(truth)]
 
 
-def small_trip(image, side=64):
-    buffer = io.BytesIO()
-    image.resize((side, side), Image.BICUBIC).resize((256, 256), Image.BICUBIC).save(
-        buffer, "JPEG", quality=80)
-    return Image.open(buffer)
-
-
-def test_judge_reads_true_pictures(val):
-    pictures, wanted = val
-    for shown in (pictures, [small_trip(p) for p in pictures]):
-        accuracy = toy_coco.compute_accuracy(toy_coco.map_check(shown, wanted))
-        assert min(accuracy.values()) >= 0.99, accuracy
+def test_judge_reads_true_pictures_even_blurred_and_compressed(val):
+    pictures, wanted = list(val[0]), val[1]
+    for number, picture in enumerate(pictures):
+        content = io.BytesIO()
+        small = picture.resize((64, 64), Image.BICUBIC).resize((256, 256), Image.BICUBIC)
+        small.save(content, "JPEG", quality=80)
+        pictures[number] = Image.open(content)
+    accuracy = toy_coco.compute_accuracy(toy_coco.map_check(pictures, wanted))
+    assert min(accuracy.values()) >= 0.99, accuracy
 
 
 def test_judge_sees_each_attribute_change(val):
@@ -40,19 +36,6 @@ def test_judge_sees_each_attribute_change(val):
             result = toy_coco.check_attributes(picture, lie)
             assert result[name][0] is False
             assert result["background"] == [True] and result["place"][0]
-
-
-def test_captions_are_coco_and_name_all_that_a_picture_shows(toy):
-    coco = COCO(str(toy / "captions_train.json"))
-    for image_id, image in coco.imgs.items():
-        captions = [a["caption"] for a in coco.imgToAnns[image_id]]
-        assert len(captions) == 5 and len(set(captions)) >= 4
-        for caption in captions:
-            assert image["attributes"]["background"] in caption
-            for item in image["attributes"]["objects"]:
-                for words in ([item["color"]], toy_coco.SHAPES[item["shape"]],
-                              toy_coco.SIZE_WORDS[item["size"]]):
-                    assert any(word in caption for word in words)
 
 
 def test_same_seed_same_data_and_a_finished_split_stays(toy, tmp_path, capsys):
