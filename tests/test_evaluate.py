@@ -134,12 +134,15 @@ def test_fid_and_kid_see_photos_as_real_and_pictures_as_fake(evaluate, monkeypat
     seen, sides, compute_fid_kid = [], {}, metrics.compute_fid_kid
     monkeypatch.setattr(metrics, "load_inception", lambda path, device: lambda image: (
         seen.append(image.shape), extract_means(image))[1])
+    sizes, compute_cmmd = [], metrics.compute_cmmd
+    monkeypatch.setattr(metrics, "compute_cmmd", lambda x, y: sizes.append(
+        (len(x), len(y))) or compute_cmmd(x, y))
     monkeypatch.setattr(metrics, "compute_fid_kid", lambda real, fake: sides.update(
         real=real, fake=fake) or compute_fid_kid(real, fake))
     code, printed, _ = evaluate("--num_images", 5, "--fid", "--samples_for_diversity", 2,
                                 "--num_reference_images", 24)
     assert code == 0 and "FID of 5 pictures means nothing" in printed
-    assert seen == [(24, 3, 256, 256), (10, 3, 256, 256)]
+    assert seen == [(24, 3, 256, 256), (10, 3, 256, 256)] and sizes == [(5, 24)]
     for side, paths in (("real", [toy / f"val/{n:06d}.jpg" for n in range(24)]),
                         ("fake", [tmp_path / f"out/images/{n}.png" for n in range(5)])):
         means = [np.asarray(Image.open(path), dtype=float).mean((0, 1)) for path in paths]

@@ -320,12 +320,13 @@ def test_a_step_of_two_optimizers_updates_the_scaler_once():
         torch.testing.assert_close(old - new, torch.full_like(old, 2.0))
 
 
-def test_batches_are_drawn_ahead_and_no_further(tmp_path):
-    drawn, ahead = [], []
+def test_batches_are_drawn_ahead_no_further_and_noise_is_new_at_each_step(tmp_path):
+    drawn, ahead, noises = [], [], set()
 
     def compute_loss(module, batch, random):
         time.sleep(0.02)
         ahead.append(len(drawn) - len(ahead))
+        noises.add(random.randn(3).sum().item())
         return loss_of_noise(module, batch, random)
 
     def draw(step, rows, random):
@@ -333,3 +334,4 @@ def test_batches_are_drawn_ahead_and_no_further(tmp_path):
         return {"x": random.rand(3)}
     run_training(tmp_path, replace(CONFIG, num_steps=12), draw=draw, loss=compute_loss)
     assert max(ahead) == BATCHES_AHEAD + 1 and threading.main_thread() not in drawn
+    assert len(noises) == 12  # each step has its own
