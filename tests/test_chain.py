@@ -31,8 +31,8 @@ def read_entries(folder, count):
     entries = json.loads((folder / "manifest.json").read_text())["images"]
     assert len(entries) == count == len({entry["file"] for entry in entries})
     for entry in entries:
-        picture = Image.open(folder / entry["file"])
-        assert picture.size == (256, 256) and picture.format == "JPEG"
+        with Image.open(folder / entry["file"]) as picture:
+            assert picture.size == (256, 256) and picture.format == "JPEG"
         assert -1 <= entry["clip_score"] <= 1
     return entries
 
