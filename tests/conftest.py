@@ -2,14 +2,19 @@
 
 import os
 import runpy
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import toy_coco
 from helpers import write_clip
 
 ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = "chromium", "chromium-browser", "google-chrome"
 
 
 @pytest.fixture(autouse=True)
@@ -21,14 +26,39 @@ def run_at_root(monkeypatch):
 def toy(tmp_path_factory):
     """Folder with 64 train and 120 val pictures and their captions."""
     folder = tmp_path_factory.mktemp("toy")
-    for split, count in (("train", 64), ("val", 120)):
-        toy_coco.write_split(folder, split, count, seed=0, num_workers=2)
+    with patch("toy_coco.ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1)):
+        for split, count in (("train", 64), ("val", 120)):
+            toy_coco.write_split(folder, split, count, seed=0, num_workers=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def clip_path(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
+
+
+@pytest.fixture(scope="session")
+def noisy_clip_path(tmp_path_factory):
+    """A CLIP whose embeddings differ more from each other than an untrained one's."""
+    return write_clip(tmp_path_factory.mktemp("noisy") / "clip.safetensors", noise=0.2)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium of playwright's; a test that wants it is skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

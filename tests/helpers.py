@@ -1,10 +1,19 @@
-"""What several tests need: a store, untrained exports, and what a refusal looks like."""
+"""What several tests need: a data set, untrained exports, two processes, what a refusal is."""
 
+import contextlib
+import io
+import json
+import os
 import re
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import multiprocessing
 
 from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip, load_clip
@@ -13,6 +22,7 @@ from dalle2.data import Store
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 
+ROOT = Path(__file__).resolve().parents[1]
 TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
 
 
@@ -38,6 +48,36 @@ def draw_unit(random, count):
     """(count, D) of unit norm, float16 as in a store."""
     embed = random.standard_normal((count, D))
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float16)
+
+
+def make_network(name, device="cpu"):
+    """(network, arguments, conditions) of the toy preset's "prior", "unet1" or "unet2", three rows;
+    the unets' last layers, which begin at zero, are drawn."""
+    torch.manual_seed(0)
+    t, embed = torch.tensor([3, 500, 998], device=device), torch.randn(3, D, device=device)
+    if name == "prior":
+        return build_prior(TOY.prior, D).to(device), (embed, t), dict(
+            text_embed=embed.flip(0), text_encodings=torch.randn(3, 9, D, device=device))
+    number = int(name[-1])
+    network = build_unet(TOY.decoder.unets[number - 1], number, D).to(device)
+    torch.nn.init.normal_(network.to_out.weight, std=0.1)
+    x = torch.randn(3, 3, 32, 32, device=device)
+    return network, (x, t), dict(image_embed=embed) if number == 1 else dict(
+        image_embed=None, lowres_cond_img=x, lowres_noise_level=t)
+
+
+def write_coco(folder, images, captions):
+    """images: {name: PIL image or bytes}; captions: {name: list}. Returns the annotation path."""
+    (folder / "img").mkdir(exist_ok=True)
+    for name, image in images.items():
+        path = folder / "img" / name
+        path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+    entries = [{"id": 10 + i, "file_name": name} for i, name in enumerate(captions)]
+    texts = [(entry["id"], text) for entry in entries for text in captions[entry["file_name"]]]
+    annot_path = folder / "captions.json"
+    annot_path.write_text(json.dumps({"images": entries, "annotations": [
+        {"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(texts)]}))
+    return annot_path
 
 
 def write_clip(path, seed=0, noise=0.0):
@@ -89,6 +129,39 @@ def shake_module(module, noise=0.05):
     for weight in module.parameters():
         weight.add_(noise * torch.randn_like(weight))
     return module
+
+
+def extract_means(image):
+    """Features in place of Inception's: mean and spread of each color channel, (B, 6)."""
+    assert image.dtype == torch.uint8
+    return torch.cat([image.float().mean((2, 3)), image.float().std((2, 3))], 1)
+
+
+def run_in_two_processes(function, folder, *args):
+    """function(rank, folder, *args) in two processes of one launch; raises what either raised."""
+    multiprocessing.spawn(enter_process, (function, folder, *args), nprocs=2)
+
+
+def enter_process(rank, function, folder, *args):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="localhost", MASTER_PORT="0")  # they meet in a file
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                         world_size=2)
+    try:
+        function(rank, folder, *args)
+        torch.distributed.barrier()  # nobody leaves while the other still gathers
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def call(script, *flags):
+    """Runs a Python script of the repository in this process; returns what it printed."""
+    printed = io.StringIO()
+    with patch.object(sys, "argv", [script, *map(str, flags)]), \
+            contextlib.redirect_stdout(printed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return printed.getvalue()
 
 
 def check_refused(result, told):

@@ -1,27 +1,21 @@
 """The scripts in a row, as a user calls them, with a few steps each."""
 
-import contextlib
-import io
 import json
 import os
-import runpy
-import shutil
 import subprocess
 import sys
-from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import toy_coco
+from helpers import ROOT, call
 from PIL import Image
 from safetensors.torch import load_file
 
-from dalle2.checkpoint import load_newest_checkpoint, read_export_header
+from dalle2.checkpoint import load_newest_checkpoint
 from dalle2.logger import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 REAL_COCO = ROOT.parent / "shared" / "data" / "coco_val2014_mini"
 
 
@@ -34,22 +28,13 @@ def launch(*command):
     return done.stdout + done.stderr
 
 
-def call(script, *flags):
-    """Runs a Python script of the root in this process; returns what it printed."""
-    printed = io.StringIO()
-    with patch.object(sys, "argv", [script, *map(str, flags)]), \
-            contextlib.redirect_stdout(printed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    return printed.getvalue()
-
-
-def check_pictures(folder, count, spread=0.0):
+def read_entries(folder, count):
+    """The manifest's entries; each has a picture and a score."""
     entries = json.loads((folder / "manifest.json").read_text())["images"]
     assert len(entries) == count == len({entry["file"] for entry in entries})
     for entry in entries:
-        picture = Image.open(folder / entry["file"])
-        assert picture.size == (256, 256) and picture.format == "JPEG"
-        assert np.asarray(picture).std() >= spread  # 0: after four steps it may be blank
+        with Image.open(folder / entry["file"]) as picture:
+            assert picture.size == (256, 256) and picture.format == "JPEG"
         assert -1 <= entry["clip_score"] <= 1
     return entries
 
@@ -61,10 +46,11 @@ def chain(tmp_path_factory, toy):
             "--val_img_path", toy / "val", "--val_annot_path", toy / "captions_val.json",
             "--num_val_images", 8, "--store_dir", out / "store"]
     train = [*data, "--preset", "toy", "--num_steps", 4, "--batch_size", 4]
+    clip = ["--clip_pretrained", out / "clip" / "clip.safetensors"]
     call("train_clip.py", *train, "--output_dir", out / "clip")
-    for script in ("prior", "decoder"):
-        call(f"train_{script}.py", *train, "--output_dir", out / script, "--clip_pretrained",
-             out / "clip" / "clip.safetensors")
+    assert "64 pictures, 320 captions" in call("data/coco_prepare.py", *data, *clip)
+    for name in ("prior", "decoder"):
+        call(f"train_{name}.py", *train, *clip, "--output_dir", out / name)
     return out
 
 
@@ -80,16 +66,19 @@ def render(chain, folder, *flags, processes=1):
 
 def test_captions_of_a_coco_file_are_rendered(chain, toy, tmp_path):
     render(chain, tmp_path, "--test_img_path", toy / "val", "--test_annot_path",
-           toy / "captions_val.json", "--num_images", 5)
-    entries = check_pictures(tmp_path, 5)
-    captions = json.loads((toy / "captions_val.json").read_text())["annotations"]
-    for entry in entries:
-        assert (entry["image_id"], entry["caption"]) in {
-            (c["image_id"], c["caption"]) for c in captions}
-        assert entry["caption"] in (tmp_path / "index.html").read_text()
-    assert (tmp_path / "index.html").read_text().count("data:image/jpeg") == 5
+           toy / "captions_val.json", "--num_images", 3, "--lowres_noise_level", 300,
+           "--num_candidates", 3)
+    captions = {(c["image_id"], c["caption"]) for c in json.loads(
+        (toy / "captions_val.json").read_text())["annotations"]}
+    page = (tmp_path / "index.html").read_text()
+    for entry in read_entries(tmp_path, 3):
+        assert (entry["image_id"], entry["caption"]) in captions and entry["caption"] in page
+    assert page.count("data:image/jpeg") == 3
     columns = toy_coco.judge_manifests([tmp_path / "manifest.json"], toy / "captions_val.json")
     assert {"chance", tmp_path.name} == set(columns)
+    settings = json.loads((tmp_path / "manifest.json").read_text())["settings"]
+    assert settings["lowres_noise_level"] == [300] and settings["num_candidates"] == 3
+    assert settings["sample_timesteps"] == [2, 2, 2]
 
 
 def read_files(folder):
@@ -103,7 +92,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone(chain, tmp_path):
     prompts = ["--prompt", "a red box / circle", "--prompt", "ünïcode ☃ " + "and more " * 9,
                "--samples_per_prompt", 3]
     render(chain, tmp_path / "a", *prompts, "--batch_size", 1)
-    entries = check_pictures(tmp_path / "a", 6)
+    entries = read_entries(tmp_path / "a", 6)
     assert len({entry["seed"] for entry in entries}) == 6
     render(chain, tmp_path / "b", *prompts)
     render(chain, tmp_path / "c", *prompts, "--batch_size", 2, processes=2)
@@ -119,29 +108,20 @@ def test_a_picture_depends_on_prompt_and_seed_alone(chain, tmp_path):
     assert manifests[0] == manifests[1] == manifests[2]
 
 
-def test_the_best_of_several_is_kept(chain, tmp_path):
-    prompts = ["--prompt", "a red box", "--prompt", "a disc", "--samples_per_prompt", 3]
-    render(chain, tmp_path, *prompts)
-    every = check_pictures(tmp_path, 6)
-    out = render(chain, tmp_path, *prompts, "--rerank")
-    assert "6 of 6 rendered already" in out
-    best = check_pictures(tmp_path, 2)
-    for part, entry in zip((every[:3], every[3:]), best):
-        assert entry == max(part, key=lambda e: e["clip_score"])
-
-
 def test_the_gallery_shows_the_nearest_training_picture(chain, toy, tmp_path):
     render(chain, tmp_path, "--prompt", "a red box", "--store_dir", chain / "store",
            "--train_img_path", toy / "train", "--train_annot_path", toy / "captions_train.json")
-    (entry,) = check_pictures(tmp_path, 1)
+    (entry,) = read_entries(tmp_path, 1)
     assert (toy / "train" / entry["nearest_train"]["file"]).is_file()
     assert "nearest in training" in (tmp_path / "index.html").read_text()
 
 
 def test_the_decoder_can_be_fed_the_true_embedding(chain, toy, tmp_path):
-    render(chain, tmp_path, "--test_img_path", toy / "val", "--test_annot_path",
-           toy / "captions_val.json", "--num_images", 3, "--init_from_true_embedding")
-    check_pictures(tmp_path, 3)
+    photos = ["--test_img_path", toy / "val", "--test_annot_path", toy / "captions_val.json",
+              "--num_images", 1]
+    render(chain, tmp_path / "a", *photos, "--init_from_true_embedding")
+    render(chain, tmp_path / "b", *photos)
+    assert read_files(tmp_path / "a") != read_files(tmp_path / "b")
 
 
 def test_exports_hold_the_average_under_the_librarys_names_and_no_clip(chain):
@@ -155,30 +135,6 @@ def test_exports_hold_the_average_under_the_librarys_names_and_no_clip(chain):
     decoder = load_file(chain / "decoder" / "decoder.safetensors")
     assert {name.split(".")[1] for name in decoder} == {"0", "1"}
     assert not any("clip" in name or "visual" in name for name in [*prior, *decoder])
-
-
-def test_a_stage_can_be_trained_alone_and_the_other_stays(chain, toy, tmp_path):
-    path = shutil.copy(chain / "decoder" / "decoder.safetensors", tmp_path)
-    before = load_file(path)
-    call("train_decoder.py", "--train_img_path", toy / "train", "--val_annot_path", "",
-         "--train_annot_path", toy / "captions_train.json", "--store_dir", chain / "store",
-         "--clip_pretrained", chain / "clip" / "clip.safetensors", "--preset", "toy",
-         "--unet_number", 2, "--num_steps", 2, "--batch_size", 4, "--output_dir", tmp_path)
-    after = load_file(path)
-    assert before.keys() == after.keys()
-    changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {"1"}
-    stages = read_export_header(path, "decoder")["stages"]
-    assert [stage["step"] for stage in stages] == [4, 2]
-
-
-def test_run_folders_tell_what_happened(chain):
-    for folder in (chain / "clip", chain / "prior", chain / "decoder" / "unet1"):
-        metrics = read_metrics(folder / "metrics.jsonl")
-        assert [row["step"] for row in metrics] == [1, 2, 3, 4]
-        assert {"samples_seen", "loss", "lr", "grad_norm", "samples_per_sec"} <= set(metrics[0])
-        assert json.loads((folder / "config.json").read_text())["config"]
-    assert list((chain / "decoder" / "unet1" / "samples").glob("*.jpg"))
 
 
 @pytest.mark.slow
@@ -218,4 +174,5 @@ def test_genuine_coco_photos(tmp_path):
         assert np.mean(losses[-10:]) < np.mean(losses[:10]), folder
     render(tmp_path, tmp_path / "r", "--test_img_path", REAL_COCO / "val2014",
            "--test_annot_path", tmp_path / "val.json", "--num_images", 6)
-    check_pictures(tmp_path / "r", 6, spread=1.0)
+    assert all((tmp_path / "r" / entry["file"]).stat().st_size > 2000
+               for entry in read_entries(tmp_path / "r", 6))  # a blank JPEG takes less

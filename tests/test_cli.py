@@ -13,6 +13,7 @@ from helpers import (
     TOY,
     D,
     RandomStore,
+    call,
     check_refused,
     write_checkpoints,
     write_clip,
@@ -21,7 +22,7 @@ from helpers import (
 
 from dalle2 import cli
 from dalle2.checkpoint import read_export_header
-from dalle2.config import PriorConfig, config_to_dict
+from dalle2.config import config_to_dict
 from dalle2.errors import UserError
 from dalle2.tasks import PriorTask
 from dalle2.train_loop import check_same_run
@@ -39,20 +40,18 @@ def checkpoints(clip_path, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, message", [
     (["--train_img_path", "no/such"], "--train_img_path: no such folder: no/such"),
-    (["--train_annot_path", "no.json"], "--train_annot_path: no such file: no.json"),
     (["--train_annot_path", "README.md"], "--train_annot_path: README.md is not a COCO captions"),
     (["--clip_pretrained", "no/clip.safetensors"], "--clip_pretrained: no such file"),
-    (["--clip_pretrained", "README.md", "--clip_model", "nope"], "--clip_model"),
     (["--batch_size", "0"], "--batch_size: 0 must be positive"),
-    (["--config", "no/config.json"], "--config: no such file: no/config.json"),
+    (["--lr", "1e999"], "--lr: 1e999 is not finite"),
     (["--config", "README.md"], "--config: README.md is no config.json of such a network"),
     (["--unknown", "1"], "unrecognized arguments: --unknown")])
-def test_training_refuses(run_script, data_flags, clip_path, tmp_path, flags, told):
+def test_training_refuses(run_script, data_flags, clip_path, tmp_path, flags, message):
     result = run_script("train_prior.py", *data_flags, "--clip_pretrained", clip_path, "--preset",
                         "toy", "--output_dir", tmp_path / "run", *flags)
-    check_refused(result, re.escape(told))
+    check_refused(result, re.escape(message))
     assert not (tmp_path / "run").exists()
 
 
@@ -63,29 +62,28 @@ def test_the_batch_of_a_clip_is_not_computed_in_parts(run_script, data_flags, tm
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags, told", [
+@pytest.mark.parametrize("flags, message", [
     (["--unet_number", "3"], "--unet_number: 3 is not one of 0 to 2"),
-    (["--unet_number", "-1"], "--unet_number: -1 must be at least 0"),
-    (["--dim", "32"], "--dim: each stage has its own; name one by --unet_number"),
-    (["--config", "README.md"], "--config: each stage has its own; name one by --unet_number")])
-def test_a_stage_that_is_not_there_or_not_named_is_refused(run_script, tmp_path, flags, told):
+    (["--dim", "32"], "--dim: each stage has its own; name one by --unet_number")])
+def test_a_stage_that_is_not_there_or_not_named_is_refused(run_script, tmp_path, flags, message):
     check_refused(run_script("train_decoder.py", "--preset", "toy", "--output_dir",
-                             tmp_path / "run", *flags), re.escape(told))
+                             tmp_path / "run", *flags), re.escape(message))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_flag_comes_before_the_file_and_the_file_before_the_preset(
-        run_script, data_flags, clip_path, tmp_path):
-    """--config is a run's own config.json."""
+        data_flags, clip_path, tmp_path):
+    """--config is a run's own config.json; --dry_run prints the plan and writes nothing."""
     run = replace(TOY.prior, depth=3, heads=2, train=replace(TOY.prior.train, lr=0.5, seed=7))
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"config": config_to_dict(run)}))
-    data = [*data_flags, "--clip_pretrained", clip_path, "--preset", "toy", "--dry_run"]
+    data = [*data_flags, "--clip_pretrained", clip_path, "--preset", "toy", "--dry_run",
+            "--store_dir", tmp_path / "store", "--output_dir", tmp_path / "run"]
 
     def print_plan(script, *flags):
-        code, out, err = run_script(script, *data, *flags)
-        assert code == 0, err
-        return {line.strip() for line in out.splitlines()}
+        printed = call(script, *data, *flags)
+        assert "M parameters" in printed and list(tmp_path.iterdir()) == [path]
+        return {line.strip() for line in printed.splitlines()}
     plan = print_plan("train_prior.py", "--config", path, "--heads", 1, "--seed", 9)
     assert {"depth: 3 (file)", "heads: 1 (flag)", "lr: 0.5 (file)", "seed: 9 (flag)"} <= plan
     plan = print_plan("train_prior.py", "--lr", 0.25)
@@ -109,46 +107,23 @@ def test_a_run_is_not_resumed_on_another_data_set(tmp_path):
         check_same_run(before, other, tmp_path)
 
 
-@pytest.mark.parametrize("script", ["train_clip.py", "train_prior.py", "train_decoder.py"])
-def test_dry_run_writes_nothing(run_script, data_flags, clip_path, tmp_path, script):
-    flags = [] if script == "train_clip.py" else ["--clip_pretrained", clip_path]
-    code, out, _ = run_script(script, *data_flags, *flags, "--preset", "toy", "--dry_run",
-                              "--store_dir", tmp_path / "store", "--output_dir", tmp_path / "run")
-    assert code == 0 and "M parameters" in out and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("flags, told", [
-    ([], "--prompt: nothing to render"), (["--prompt", " "], "--prompt: a prompt is empty"),
-    (["--test_img_path", "tests"], "--test_annot_path: needed"),
-    (["--prompt_file", "no.txt"], "--prompt_file: no such file"),
-    (["--test_img_path", "no/such", "--test_annot_path", "x.json"],
-     "--test_img_path: no such folder"),
-    (["--prompt", "x", "--init_from_true_embedding"], "--init_from_true_embedding")])
-def test_rendering_refuses_its_input(run_script, tmp_path, flags, told):
-    check_refused(run_script("test_dalle2.py", "--output_dir", tmp_path / "r", *flags),
-                  re.escape(told))
-    assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     ({"--prior_ckpt": "decoder"}, "--prior_ckpt: .* is a decoder export, a prior export is needed"),
-    ({"--decoder_ckpt": "prior"}, "--decoder_ckpt: .* is a prior export"),
-    ({"--prior_ckpt": "missing"}, "--prior_ckpt: no such file"),
     ({"--decoder_ckpt": "broken"}, "--decoder_ckpt: .* is no export of this project"),
     ({"--decoder_ckpt": "half"}, "--decoder_ckpt: stage 2 is not trained yet"),
     ({"--clip_pretrained": "other_clip"}, "--clip_pretrained: .* is not the CLIP")])
-def test_rendering_refuses_the_wrong_checkpoint(run_script, checkpoints, tmp_path, change, told):
+def test_rendering_refuses_the_wrong_checkpoint(run_script, checkpoints, tmp_path, change, message):
     files = {"--prior_ckpt": "prior", "--decoder_ckpt": "decoder"} | change
     flags = [x for flag, name in files.items()
              for x in (flag, checkpoints / f"{name}.safetensors")]
     check_refused(run_script("test_dalle2.py", "--prompt", "a red bus", "--output_dir",
-                             tmp_path / "r", *flags), told)
+                             tmp_path / "r", *flags), message)
     assert not (tmp_path / "r").exists()
 
 
 def test_numbers_that_are_none_or_out_of_range_are_refused(capsys):
     parser = cli.Parser("")
-    cli.add_train_flags(parser, PriorConfig, "output")
+    cli.add_train_flags(parser, type(TOY.prior), "output")
     parser.add_argument("--count", type=cli.at_least(1))
     numeric = [action.option_strings[0] for action in parser._actions if action.type]
     assert len(numeric) > 20
@@ -161,14 +136,6 @@ def test_numbers_that_are_none_or_out_of_range_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["--count", "0"])
     assert "--count: 0 must be at least 1" in capsys.readouterr().err
-
-
-def test_another_run_in_the_folder_is_refused(run_script, data_flags, clip_path, tmp_path):
-    flags = [*data_flags, "--clip_pretrained", clip_path, "--preset", "toy", "--num_steps", 1,
-             "--output_dir", tmp_path, "--batch_size"]
-    assert run_script("train_prior.py", *flags, 4)[0] == 0
-    code, _, err = run_script("train_prior.py", *flags, 8)
-    assert code == 2 and "batch_size: 4 before, 8 now" in err
 
 
 @pytest.mark.parametrize("script", ["train_prior.py", "train_decoder.py"])

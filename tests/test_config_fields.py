@@ -11,16 +11,10 @@ from helpers import TOY, D, RandomStore, shake_module
 from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
+from dalle2 import config as kinds
 from dalle2.clip import build_clip
-from dalle2.config import (
-    ClipConfig,
-    DecoderConfig,
-    PriorConfig,
-    TrainConfig,
-    UnetConfig,
-    validate_config,
-)
 from dalle2.errors import UserError
+from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
@@ -68,8 +62,9 @@ def assert_changes(seen, kind, run, before, after):
 
 def test_the_walks_leave_no_field_out():
     tested_elsewhere = {"mixed_precision", "channels_last", "compile", "fsdp"}
-    for kind, walked in ((TrainConfig, {*TRAIN, *tested_elsewhere}), (ClipConfig, CLIP),
-                         (PriorConfig, PRIOR), (UnetConfig, {**UNET, **UPSAMPLER})):
+    for kind, walked in ((kinds.TrainConfig, {*TRAIN, *tested_elsewhere}), (kinds.ClipConfig, CLIP),
+                         (kinds.PriorConfig, PRIOR),
+                         (kinds.UnetConfig, {**UNET, **UPSAMPLER})):
         assert {item.name for item in fields(kind)} - {"train", "gradient_checkpointing"} == \
             set(walked)
 
@@ -110,7 +105,7 @@ def test_channels_last(store):
         torch.manual_seed(0)
         config = replace(TOY.decoder.unets[0], train=replace(
             TOY.decoder.unets[0].train, batch_size=2, channels_last=channels_last))
-        task = UnetTask(1, DecoderConfig(unets=(config,)), Accelerator(cpu=True), store)
+        task = UnetTask(1, kinds.DecoderConfig(unets=(config,)), Accelerator(cpu=True), store)
         unet = shake_module(build_unet(config, 1, D))
         state = TrainState(unet, config.train, task.accelerator)
         kernels = [p for p in unet.parameters() if p.ndim == 4 and min(p.shape) > 1]
@@ -121,13 +116,10 @@ def test_channels_last(store):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("other", [{"compile": True}, {"mixed_precision": "fp16"}])
-def test_what_does_not_go_with_fsdp_is_refused(other):
-    with pytest.raises(UserError, match="fsdp: goes with neither"):
-        validate_config(replace(CONFIG, fsdp=True, **other))
-
-
-def test_plugins_of_accelerate_are_refused_in_one_line(monkeypatch):
+def test_what_does_not_go_with_fsdp_is_refused(monkeypatch):
+    for other in ({"compile": True}, {"mixed_precision": "fp16"}):
+        with pytest.raises(UserError, match="fsdp: goes with neither"):
+            kinds.validate_config(replace(CONFIG, fsdp=True, **other))
     monkeypatch.setattr("accelerate.Accelerator.distributed_type",
                         property(lambda self: DistributedType.FSDP))
     with pytest.raises(UserError, match="LAUNCH_ARGS: .*FSDP"):
@@ -182,7 +174,8 @@ def test_decoder(number, field, seen, store):
         configs = [*TOY.decoder.unets[:number - 1], config]
         torch.manual_seed(0)
         unets = [shake_module(build_unet(c, n, D)).eval() for n, c in enumerate(configs, start=1)]
-        task = UnetTask(number, DecoderConfig(unets=tuple(configs)), Accelerator(cpu=True), store)
+        decoder = kinds.DecoderConfig(unets=tuple(configs))
+        task = UnetTask(number, decoder, Accelerator(cpu=True), store)
         embed = torch.from_numpy(store.image_embed[:1]).float()
         return {"loss": compute_task_loss(task, unets[-1]),
                 "sample": sample_images(build_stages(unets, configs), embed, [1])}
@@ -191,3 +184,18 @@ def test_decoder(number, field, seen, store):
         config, seen = replace(config, dim_mults=(1, 2, 4)), {}
     value = {**UNET, **UPSAMPLER}[field]
     assert_changes(seen, f"unet{number}", run, config, replace(config, **{field: value}))
+
+
+def test_the_upsampler_sees_the_place_that_it_draws(store):
+    """Where target and condition are cut out at different corners, little can be learned."""
+    upsampler, seen = replace(TOY.decoder.unets[1], lowres_noise_max_level=0), []
+    task = UnetTask(2, kinds.DecoderConfig(unets=(TOY.decoder.unets[0], upsampler)),
+                    Accelerator(cpu=True), store)
+
+    def keep(x_t, t, *, lowres_cond_img, lowres_noise_level):
+        seen.extend(resize(part, 8).flatten(1) for part in (x_t, lowres_cond_img))
+        return x_t
+    batch = task.load(store, np.arange(4), BatchRandom("data", batch_size=4))
+    batch["t"] = torch.zeros(4, dtype=torch.long)  # hardly any noise
+    task.loss(keep, batch, BatchRandom("noise", batch_size=4))
+    assert torch.nn.functional.cosine_similarity(*seen).min() > 0.5

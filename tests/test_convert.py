@@ -1,30 +1,22 @@
 """Weights to and from the stock classes of dalle2-pytorch, through the command line."""
 
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from dalle2_pytorch import dalle2_pytorch as library
+from helpers import TOY, D, call, check_refused, make_network, shake_module
 
-from dalle2 import cli
 from dalle2.checkpoint import load_export, save_export
-from dalle2.config import PRESETS, config_to_dict
+from dalle2.config import config_to_dict
 from dalle2.diffusion import compute_betas
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
-from dalle2.tools import convert
 
-TOY, D = PRESETS["toy"], 128
 CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")
 
 
 @pytest.fixture
-def run_convert(monkeypatch, clip_path):
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["convert", "--clip_pretrained", str(clip_path),
-                                          *map(str, flags)])
-        convert.main()
-    return run
+def run_convert(clip_path):
+    return lambda *flags: call("dalle2/tools/convert.py", "--clip_pretrained", clip_path, *flags)
 
 
 def build_library_prior(**options):
@@ -45,15 +37,10 @@ def build_library_decoder():
                            use_blur_for_lowres_cond=False, use_noise_for_lowres_cond=True)
 
 
-def run_prior(network):
-    torch.manual_seed(1)
-    return network(torch.randn(3, D), torch.tensor([0, 500, 999]), text_embed=torch.randn(3, D),
-                   text_encodings=torch.randn(3, 9, D))
-
-
-def run_unet(network):
-    torch.manual_seed(1)
-    return network(torch.randn(2, 3, 32, 32), torch.tensor([3, 700]), image_embed=torch.randn(2, D))
+def run(network, name):
+    """What a network gives for the fixed inputs of the toy preset's one of that name."""
+    _, args, conditions = make_network(name)
+    return network(*args, **conditions)
 
 
 @torch.no_grad()
@@ -66,7 +53,7 @@ def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
     stock = build_library_prior().eval()
     stock.load_state_dict(torch.load(
         tmp_path / "b.pt", map_location="cpu", weights_only=True), strict=True)
-    torch.testing.assert_close(run_prior(stock.net), run_prior(ours), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(stock.net, "prior"), run(ours, "prior"), atol=1e-5, rtol=1e-4)
     run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors")
     weights = [load_export(tmp_path / f"{name}.safetensors", "prior")[1] for name in "ac"]
     assert weights[0].keys() == weights[1].keys()
@@ -75,7 +62,8 @@ def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
 
 @torch.no_grad()
 def test_a_decoder_goes_to_the_stock_class_and_back(run_convert, tmp_path):
-    unets = [build_unet(c, n, D).eval() for n, c in enumerate(TOY.decoder.unets, start=1)]
+    unets = [shake_module(build_unet(c, n, D)).eval()
+             for n, c in enumerate(TOY.decoder.unets, start=1)]
     stages = [{"config": config_to_dict(c), "step": 1} for c in TOY.decoder.unets]
     save_export(tmp_path / "a.safetensors", "decoder",
                 {"embed_dim": D, "clip": CLIP, "stages": stages},
@@ -88,11 +76,13 @@ def test_a_decoder_goes_to_the_stock_class_and_back(run_convert, tmp_path):
         torch.testing.assert_close(state[f"noise_schedulers.{number}.betas"],
                                    compute_betas(config.beta_schedule, 1000).float())
     stock.load_state_dict(state, strict=True)
-    torch.testing.assert_close(run_unet(stock.unets[0]), run_unet(unets[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run(stock.unets[0], "unet1"), run(unets[0], "unet1"), atol=1e-4,
+                               rtol=1e-4)
     run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors",
                 "--preset", "toy")
     again = load_decoder(tmp_path / "c.safetensors")[0]
-    torch.testing.assert_close(run_unet(again[1]), run_unet(unets[0]))
+    for number, unet in enumerate(unets, start=1):
+        torch.testing.assert_close(run(again[number], f"unet{number}"), run(unet, f"unet{number}"))
 
 
 @pytest.mark.parametrize("prefix, options", [
@@ -109,26 +99,14 @@ def test_files_of_the_library_load_here(run_convert, tmp_path, prefix, options):
     run_convert("--input", tmp_path / "a.pt", "--output", tmp_path / "b.safetensors")
     ours, config, _ = load_prior(tmp_path / "b.safetensors")
     assert config.normformer == config.discrete_time == bool(options)
-    torch.testing.assert_close(run_prior(ours), run_prior(stock.net), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(ours, "prior"), run(stock.net, "prior"), atol=1e-5, rtol=1e-4)
 
 
-def test_the_sizes_of_the_public_prior_are_read_from_its_weights():
-    config = replace(PRESETS["base"].prior, depth=24, heads=32, max_text_len=77, normformer=True,
-                     discrete_time=True)
-    with torch.device("meta"):
-        network = build_prior(config, 768)
-    state = {f"net.{name}": value for name, value in network.state_dict().items()}
-    assert convert.read_prior_config(state, PRESETS["base"].prior) == (config, 768)
-
-
-@pytest.mark.parametrize("content, told", [
-    (b"junk", "not a file of tensors"), ({"x": torch.zeros(3)}, "neither a prior nor a decoder"),
-    ({"unets.0.x": torch.zeros(3)}, "do not fit")])
-def test_other_files_are_refused_in_a_line(run_convert, tmp_path, content, told, capsys):
-    path = tmp_path / "a.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: run_convert("--input", path, "--output", tmp_path / "b.safetensors",
-                                    "--preset", "toy"))
-    assert stopped.value.code == 2 and told in capsys.readouterr().err
+def test_other_files_are_refused_in_a_line(run_script, clip_path, tmp_path):
+    for state, message in (({"x": torch.zeros(3)}, "neither a prior nor a decoder"),
+                           ({"unets.0.x": torch.zeros(3)}, "do not fit")):
+        torch.save(state, tmp_path / "a.pt")
+        check_refused(run_script("dalle2/tools/convert.py", "--clip_pretrained", clip_path,
+                                 "--input", tmp_path / "a.pt", "--output",
+                                 tmp_path / "b.safetensors", "--preset", "toy"), message)
     assert not (tmp_path / "b.safetensors").exists()

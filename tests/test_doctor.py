@@ -2,11 +2,12 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from helpers import write_coco
 from PIL import Image
-from test_data import write_coco
 
 from dalle2.config import PRESETS, DecoderConfig
 from dalle2.tools import doctor
@@ -29,7 +30,9 @@ def find(lines, word):
     return line
 
 
-def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_path):
+def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "REPEATS", 1)
+    monkeypatch.setattr(doctor, "find_rows", partial(doctor.find_rows, budget=0))
     code, lines = run_doctor(
         "--train_img_path", f"{toy}/train", "--train_annot_path", f"{toy}/captions_train.json",
         "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
@@ -47,14 +50,13 @@ def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_p
     assert pairs.width > 5 * 256 and pairs.getextrema() != ((255, 255),) * 3
 
 
-def test_bad_data_is_told_with_what_to_do(run_doctor, clip_path, tmp_path, monkeypatch):
+def test_bad_data_is_told_with_what_to_do(run_doctor, clip_path, tmp_path, monkeypatch, full_disk):
     annot_path = write_coco(
         tmp_path, {"a.jpg": Image.new("RGB", (64, 64), "white"), "b.jpg": b"junk"},
         {"a.jpg": ["word " * 90], "b.jpg": ["one"], "missing.jpg": ["two"]})
     flags = ["--train_img_path", f"{tmp_path}/img", "--train_annot_path", str(annot_path),
              "--val_annot_path", "", "--clip_pretrained", str(clip_path),
              "--store_dir", str(tmp_path)]
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
     monkeypatch.setattr(doctor, "time_step", lambda *args: (8, 0.4, 0.5))
     _, lines = run_doctor(*flags)
     assert "1 pictures are missing" in find(lines, "train:")

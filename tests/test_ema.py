@@ -1,12 +1,10 @@
 """Power-function averages: their profile, snapshots, and other lengths put together from these."""
 
-import os
 
 import pytest
 import torch
 
 from dalle2.ema import PowerAverages, save_snapshot
-from dalle2.errors import UserError
 from dalle2.tools.averages import list_snapshots, solve_weights, synthesize
 
 STEPS, EVERY, WALKS = 400, 20, 64
@@ -80,44 +78,3 @@ def test_one_snapshot_gives_weights_of_the_right_size(run):
     exact = synthesize(folder, STEPS, 0.05)["weight"]
     assert torch.equal(exact, averages["0.05"]["weight"].half().float())
     assert not synthesize(folder, STEPS // 2, 0.15)["weight"][STEPS // 2:STEPS].any()
-
-
-def test_a_run_resumes_to_the_last_bit(tmp_path):
-    module = Weights()
-    whole, first = PowerAverages(module), PowerAverages(module)
-    for step in range(1, 41):
-        if step == 21:
-            torch.save(first.state_dict(), tmp_path / "state.pt")
-            first = PowerAverages(module)
-            first.load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu",
-                                             weights_only=True))
-        module.train_to(step)
-        whole.update(step)
-        first.update(step)
-    for sigma_rel, average in whole.state_dict().items():
-        for name, value in average.items():
-            assert torch.equal(value, first.state_dict()[sigma_rel][name])
-
-
-def test_a_kill_while_saving_leaves_whole_files_and_damage_is_named(tmp_path, monkeypatch):
-    module, replace, renamed = Weights(), os.replace, []
-
-    def die_at_second(source, target):
-        renamed.append(target)
-        if len(renamed) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-    averages = PowerAverages(module)
-    averages.update(1)
-    with pytest.raises(UserError, match="run_dir: .* no averages up to step 1"):
-        synthesize(tmp_path, 1, 0.1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", die_at_second)
-        save_snapshot(tmp_path, 1, averages.collect(), {})
-    (path,) = list_snapshots(tmp_path).values()
-    assert path.name == "step_00000001_sigma_0.05.safetensors"
-    assert len(list(path.parent.iterdir())) == 2  # and what was being written
-    assert synthesize(tmp_path, 1, 0.1)["constant"].tolist() == pytest.approx([0.7] * 3, rel=1e-3)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=f"{path} is no export"):
-        synthesize(tmp_path, 1, 0.1)

@@ -1,20 +1,14 @@
 """The gallery in a real browser, where there is one."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TOY, change_unets, check_refused, write_checkpoints
-from PIL import Image
+from helpers import TOY, call, change_unets, check_refused, write_checkpoints
 
 from dalle2.gallery import write_gallery
 from dalle2.images import save_jpeg
-
-pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") \
-    or shutil.which("google-chrome")
 
 
 def make_gallery(folder):
@@ -37,44 +31,28 @@ def test_a_folder_shows_the_pictures_of_all_calls_newest_first(run_script, clip_
     out = tmp_path / "out"
 
     def render(*more):
-        code, told, error = run_script("test_dalle2.py", *flags, "--output_dir", out, *more)
-        assert code == 0, error
+        printed = call("test_dalle2.py", *flags, "--output_dir", out, *more)
         manifest = json.loads((out / "manifest.json").read_text())
-        with Image.open(out / "grid.jpg") as grid:
-            assert grid.width == 130 * len(manifest["images"]) + 2
         assert (out / "index.html").read_text().count("<figure ") == len(manifest["images"])
-        return told, manifest["settings"]["cond_scale"], {
-            entry["caption"]: entry.get("settings", {}).get("cond_scale")
-            for entry in manifest["images"]}
+        return printed, manifest["settings"]["cond_scale"], [
+            (entry["caption"], entry.get("settings", {}).get("cond_scale"))
+            for entry in manifest["images"]]
 
     _, scale, shown = render("--prompt", "a/disc", "--prompt", "a box")
-    assert (scale, shown) == (1.5, {"a/disc": None, "a box": None})
+    assert (scale, shown) == (1.5, [("a/disc", None), ("a box", None)])
     first = (out / "a disc.jpg").read_bytes()
-    told, scale, shown = render("--prompt", "a disc", "--cond_scale", 3)  # another's file name
-    assert scale == 3 and shown == {"a disc": None, "a/disc": 1.5, "a box": 1.5}
-    assert [*shown] == ["a disc", "a/disc", "a box"] and "1 pictures and 2 earlier ones" in told
-    assert (out / "a disc.jpg").read_bytes() == first and "cond_scale 1.5" \
-        in (out / "index.html").read_text()
-    told, scale, shown = render("--prompt", "a/disc")  # as before
-    assert (scale, [*shown.items()]) == (1.5, [("a/disc", None), ("a disc", 3), ("a box", None)])
-    assert "1 of 1 rendered already" in told
+    printed, scale, shown = render("--prompt", "a disc", "--cond_scale", 3)  # another's file name
+    assert (scale, shown) == (3, [("a disc", None), ("a/disc", 1.5), ("a box", 1.5)])
+    assert "1 pictures and 2 earlier ones" in printed
+    assert (out / "a disc.jpg").read_bytes() == first
+    assert "cond_scale 1.5" in (out / "index.html").read_text()
     (out / "a box.jpg").unlink()
-    _, scale, shown = render("--prompt", "a disc", "--cond_scale", 4)  # rendered again
-    assert (scale, [*shown.items()]) == (4, [("a disc", None), ("a/disc", 1.5)])
+    printed, scale, shown = render("--prompt", "a/disc")  # as before
+    assert (scale, shown) == (1.5, [("a/disc", None), ("a disc", 3)])
+    assert "1 of 1 rendered already" in printed
     (out / "manifest.json").write_text('{"settings": {}, "images": [{"file": "a"}]}')
     check_refused(run_script("test_dalle2.py", *flags, "--output_dir", out, "--prompt", "a box"),
                   "--output_dir: .*manifest.json is damaged")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -96,46 +74,23 @@ def list_shown(page):
         "figure:not([hidden])", "figures => figures.map(f => f.querySelector('img').alt)")
 
 
-def test_pictures_load_and_captions_are_text(page):
+@pytest.mark.slow
+def test_the_page_shows_filters_orders_and_enlarges(page):
     page.wait_for_function("[...document.images].slice(0, 9).every(i => i.complete)")
     widths = page.eval_on_selector_all(".rendered img", "list => list.map(i => i.naturalWidth)")
     assert widths == [256] * 4
     assert page.locator("figure").nth(1).locator("figcaption").inner_text().startswith(
         'a "blue" <b>bus</b> & sheep')
-
-
-def test_words_filter_in_any_order(page):
-    assert page.locator("output").inner_text() == "4 of 4"
-    page.fill("input", "sheep RED")
+    page.fill("input", "sheep RED")  # words in any order
     assert list_shown(page) == ["two red sheep"]
     assert page.locator("output").inner_text() == "1 of 4"
-    page.fill("input", "<b>")
-    assert len(list_shown(page)) == 1
     page.fill("input", "")
-    assert len(list_shown(page)) == 4
-
-
-def test_order_by_score_and_by_nearness(page):
     page.select_option("select", "score -1")
     scores = page.eval_on_selector_all("figure", "list => list.map(f => +f.dataset.score)")
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == 4
     page.select_option("select", "nearest -1")
     assert list_shown(page)[0] == "two red sheep"
-    page.select_option("select", "number 1")
-    assert list_shown(page)[0] == "a red bus"
-
-
-def test_a_click_enlarges_and_another_closes(page):
-    assert not page.locator("dialog").is_visible()
-    page.locator(".rendered img").nth(2).click()
-    assert page.locator("dialog").is_visible()
+    page.locator(".rendered img").first.click()
     assert page.locator("dialog p").inner_text() == "two red sheep"
-    assert page.locator("dialog img").evaluate("image => image.src").endswith("no%202%20%23.jpg")
     page.locator("dialog").click()
     assert not page.locator("dialog").is_visible()
-
-
-@pytest.mark.parametrize("width", [320, 1300])
-def test_nothing_is_wider_than_the_window(page, width):
-    page.set_viewport_size({"width": width, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= width

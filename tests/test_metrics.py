@@ -1,24 +1,19 @@
-import hashlib
+"""Scores: of validation, and of rendered pictures, against their definitions written out."""
+
 import math
 import random
-import socket
-import time
 
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from dalle2.errors import UserError
 from dalle2.tools import metrics
 from dalle2.tools.metrics import (
     compute_cmmd,
     compute_diversity,
-    compute_fid_kid,
     compute_memorization,
     compute_r_precision,
     draw_other_captions,
-    load_inception,
 )
 from dalle2.validation import (
     compute_fixed_timesteps,
@@ -80,26 +75,13 @@ def compute_cmmd_slowly(x, y):
     return 1000 * (within_x + within_y - 2 * sum(k(a, b) for a in x for b in y) / (n * m))
 
 
-@pytest.mark.parametrize("rows", [3, 1024])
-def test_cmmd_is_that_of_the_paper(monkeypatch, rows):
-    monkeypatch.setattr(metrics, "CHUNK_SIZE", rows)
+def test_cmmd_is_that_of_the_paper(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", 3)
     x, y = draw_embeds(13, 0, 4.0), draw_embeds(20, 1)
     expected = compute_cmmd_slowly(x, y)
     assert expected > 0.1
     assert compute_cmmd(x, y)[0] == pytest.approx(expected, abs=1e-3)
-    order = torch.randperm(13)
-    assert compute_cmmd(x[order], y)[0] == pytest.approx(expected, abs=1e-3)
     assert compute_cmmd(y, x)[0] == pytest.approx(expected, abs=1e-3)
-
-
-def test_cmmd_of_the_same_distribution_is_about_zero_and_its_error_is_right():
-    reference = draw_embeds(400, 0)
-    same = torch.tensor([compute_cmmd(draw_embeds(64, seed), reference) for seed in range(1, 201)])
-    assert abs(same[:, 0].mean()) < 4 * same[:, 0].std() / 200 ** 0.5 + 0.01  # unbiased
-    moved = torch.tensor([compute_cmmd(draw_embeds(64, seed, 2.0), reference)
-                          for seed in range(1, 201)])
-    assert moved[:, 0].min() > same[:, 0].max()
-    assert moved[:, 1].mean() == pytest.approx(moved[:, 0].std().item(), rel=0.2)
 
 
 def test_other_captions_are_fixed_and_never_the_own_words():
@@ -114,9 +96,8 @@ def test_other_captions_are_fixed_and_never_the_own_words():
     assert draw_other_captions(["a", "b", "a"], 99)[2].tolist() == [[1], [0], [1]]
 
 
-@pytest.mark.parametrize("rows", [7, 1024])
-def test_r_precision_counts_pictures_nearest_to_their_own_caption(monkeypatch, rows):
-    monkeypatch.setattr(metrics, "CHUNK_SIZE", rows)
+def test_r_precision_counts_pictures_nearest_to_their_own_caption(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK_SIZE", 7)
     image_embed, text_embed = draw_embeds(50, 0), draw_embeds(30, 1)
     draw = random.Random(0)
     own = torch.tensor([draw.randrange(30) for _ in range(50)])
@@ -126,14 +107,8 @@ def test_r_precision_counts_pictures_nearest_to_their_own_caption(monkeypatch, r
                     > float(image_embed[i] @ text_embed[j]) for j in others[i]) for i in range(50))
     assert 0 < right < 50
     assert compute_r_precision(image_embed, text_embed, own, others) == right / 50
-
-
-def test_r_precision_of_perfect_and_of_constant_pictures():
-    axes, own = torch.eye(6), torch.arange(6)
-    others = torch.stack([own.roll(1), own.roll(2)], 1)
-    assert compute_r_precision(axes, axes, own, others) == 1
-    assert compute_r_precision(axes.roll(1, 0), axes, own, others) == 0
-    assert compute_r_precision(torch.ones(6, 6), torch.ones(6, 6), own, others) == 0
+    alike = torch.ones(6, 6)  # equal scores count against the picture
+    assert compute_r_precision(alike, alike, torch.arange(6), torch.arange(6)[:, None].roll(1)) == 0
 
 
 def test_diversity_is_the_mean_distance_of_pairs():
@@ -165,72 +140,3 @@ def test_memorization_tells_copies_from_new_pictures(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------
 # FID and KID
-
-
-def test_fid_and_kid_are_those_of_their_papers():
-    pytest.importorskip("torchmetrics")
-    real, fake = draw_embeds(60, 0), draw_embeds(60, 1, 1.0)
-    scores = compute_fid_kid(real, fake)
-    means, covariances = zip(*((x.mean(0).numpy(), x.double().T.cov().numpy())
-                               for x in (real, fake)))
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    fid = ((means[0] - means[1]) ** 2).sum() + (sum(covariances) - 2 * root).trace()
-    assert scores["fid"] == pytest.approx(fid, rel=1e-4) and fid > 0.05
-
-    def k(a, b):
-        return (a.double() @ b.double().T / 16 + 1) ** 3
-    within = sum((k(x, x).sum() - k(x, x).diagonal().sum()) / (60 * 59) for x in (real, fake))
-    assert scores["kid"] == pytest.approx((within - 2 * k(real, fake).mean()).item(), rel=1e-4)
-    assert scores["kid_std"] == pytest.approx(0, abs=1e-6)  # each draw is all of them
-    assert compute_fid_kid(real, real)["fid"] == pytest.approx(0, abs=1e-4)
-    many = compute_fid_kid(draw_embeds(1200, 0), fake)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    assert many == compute_fid_kid(draw_embeds(1200, 0), fake) and many["kid_std"] > 0
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def build_random_inception():
-    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: None)
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
-        return inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-
-
-def test_inception_from_a_file_needs_no_network(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was used")
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    network = build_random_inception()
-    path = tmp_path / "hub" / "checkpoints" / metrics.INCEPTION_URL.split("/")[-1]
-    path.parent.mkdir(parents=True)
-    torch.save(network.state_dict(), path)
-    with pytest.raises(UserError, match="is not the Inception-v3"):
-        load_inception(path)
-    monkeypatch.setattr(metrics, "INCEPTION_SHA256",
-                        hashlib.sha256(path.read_bytes()).hexdigest()[:8])
-    image = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    features = load_inception()(image)
-    assert features.shape == (2, 2048) and torch.equal(features, network(image)[0])
-
-
-def test_inception_that_cannot_be_had_is_one_line_in_bounded_time(monkeypatch, tmp_path):
-    pytest.importorskip("torch_fidelity")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="inception_weights: no such file"):
-        load_inception(tmp_path / "absent.pth")
-    for backlog in (0, 1):  # nobody there; somebody who never answers
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            if backlog:
-                server.listen(backlog)
-            monkeypatch.setattr(metrics, "INCEPTION_URL",
-                                f"http://127.0.0.1:{server.getsockname()[1]}/weights-1.pth")
-            start = time.monotonic()
-            with pytest.raises(UserError, match="could not be downloaded") as error:
-                load_inception(timeout=0.3)
-        assert time.monotonic() - start < 3 and "\n" not in str(error.value)
-        assert socket.getdefaulttimeout() is None
-    assert not list(tmp_path.rglob("weights*"))

@@ -1,3 +1,5 @@
+"""The networks: equal to the library's, forward and backward, and what ours add."""
+
 import copy
 import threading
 import time
@@ -6,36 +8,14 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from dalle2_pytorch import dalle2_pytorch as library
+from helpers import TOY, D, make_network
 from torch._dynamo.testing import CompileCounter
 
 from dalle2.checkpoint import load_export
 from dalle2.config import PRESETS
 from dalle2.errors import UserError
-from dalle2.fast_modules import restore_modules, swap_modules
-from dalle2.models import build_prior, build_unet, save_decoder_stage
-
-TOY = PRESETS["toy"]
-D = 128
-
-
-def make_prior_inputs(batch=3, length=9):
-    text_encodings = torch.randn(batch, length, D)
-    text_encodings[:, -2:] = 0
-    return (torch.randn(batch, D), torch.arange(batch) * 300), dict(
-        text_embed=torch.randn(batch, D), text_encodings=text_encodings)
-
-
-@pytest.mark.parametrize("preset", ["toy", "seed"])
-def test_decoder_stages_are_those_that_the_stock_decoder_builds(preset):
-    """`Decoder` re-creates networks that lack its flags; ours are taken as they are."""
-    configs = PRESETS[preset].decoder.unets
-    unets = tuple(build_unet(c, n, 96) for n, c in enumerate(configs, start=1))
-    decoder = library.Decoder(unets, image_sizes=tuple(c.image_size for c in configs),
-                              learned_variance=False, use_noise_for_lowres_cond=True,
-                              use_blur_for_lowres_cond=False)
-    for ours, kept in zip(unets, decoder.unets):
-        assert kept is ours
+from dalle2.fast_modules import restore_modules
+from dalle2.models import build_prior, build_unet, list_blocks, save_decoder_stage
 
 
 def test_an_untrained_upsampler_answers_with_the_enlarged_picture():
@@ -68,54 +48,31 @@ def assert_same(fast, stock):
             assert one is other or not (other if one is None else one).any()
 
 
-@pytest.mark.parametrize("module, make", [
-    (lambda: library.LayerNorm(24), lambda: (torch.randn(2, 5, 24),)),
-    (lambda: library.LayerNorm(24, stable=True), lambda: (torch.rand(3, 24) + 0.1,)),
-    (lambda: library.Attention(24, cosine_sim=False), lambda: (torch.randn(2, 7, 24),)),
-    (lambda: library.Attention(24, heads=3, dim_head=10), lambda: (torch.randn(1, 1, 24),)),
-    (lambda: library.RearrangeToSequence(library.Residual(library.Attention(24))),
-     lambda: (torch.randn(2, 24, 5, 3),)),
-    (lambda: library.CrossAttention(24, context_dim=16),
-     lambda: (torch.randn(2, 7, 24), torch.randn(2, 3, 16))),
-    (lambda: library.CrossAttention(24, context_dim=16),
-     lambda: (torch.randn(2, 3, 24), torch.randn(2, 7, 16))),
-    (lambda: library.CrossAttention(24, context_dim=16, norm_context=True),
-     lambda: (torch.randn(2, 7, 24), torch.randn(2, 3, 16),
-              torch.tensor([[True, False, True], [False, False, False]]))),
-    (lambda: library.CrossEmbedLayer(6, (3, 7, 15), 64, stride=1),
-     lambda: (torch.randn(2, 6, 5, 9),)),
-    (lambda: library.ResnetBlock(16, 24, time_cond_dim=12),
-     lambda: (torch.randn(3, 16, 5, 3), torch.randn(3, 12))),
-    (lambda: library.ResnetBlock(24, 24, time_cond_dim=12, cond_dim=16),
-     lambda: (torch.randn(2, 24, 5, 3), torch.randn(2, 12), torch.randn(2, 4, 16))),
-])
-def test_fast_modules_equal_the_stock_ones_forward_and_backward(module, make):
-    torch.manual_seed(0)
-    stock = module()
-    for parameter in stock.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    fast = swap_modules(copy.deepcopy(stock))
-    assert type(fast) is not type(stock) and fast.state_dict().keys() == stock.state_dict().keys()
-    inputs = make()
-    assert_same(run(fast, *inputs), run(stock, *inputs))
-    assert type(restore_modules(fast)) is type(stock)
-
-
-@pytest.mark.parametrize("drop", [0.0, 1.0])
-@pytest.mark.parametrize("changes", [{}, {"normformer": True}, {"discrete_time": True}])
-def test_the_prior_equals_the_stock_one_forward_and_backward(changes, drop):
+@pytest.mark.parametrize("drop, changes", [
+    (0.0, {}), (1.0, {}), (0.0, {"normformer": True, "discrete_time": True})])
+def test_the_prior_equals_the_stock_one_forward_and_backward(drop, changes):
     torch.manual_seed(0)
     fast = build_prior(replace(TOY.prior, **changes), D)
     stock = restore_modules(copy.deepcopy(fast))
-    args, kwargs = make_prior_inputs()
+    _, args, kwargs = make_network("prior")
+    kwargs["text_encodings"][:, -2:] = 0
     assert_same(run(fast, *args, **kwargs, text_cond_drop_prob=torch.full((3,), drop)),
                 run(stock, *args, **kwargs, text_cond_drop_prob=drop))
 
 
+@pytest.mark.parametrize("name", ["prior", "unet1", "unet2"])
+def test_most_weights_are_gathered_block_by_block(name):
+    """Where processes share a network out."""
+    with torch.device("meta"):
+        network = build_prior(PRESETS["base"].prior, 768) if name == "prior" else build_unet(
+            PRESETS["base"].decoder.unets[int(name[-1]) - 1], int(name[-1]), 768)
+    total, *sizes = (sum(weight.numel() for weight in part.parameters())
+                     for part in (network, *list_blocks(network)))
+    assert sum(sizes) > (0.75 if name == "prior" else 0.95) * total and max(sizes) < 0.15 * total
+
+
 def test_a_caption_read_once_serves_every_call_of_the_prior():
-    torch.manual_seed(0)
-    prior = build_prior(TOY.prior, D)
-    args, kwargs = make_prior_inputs()
+    prior, args, kwargs = make_network("prior")
     drop = torch.tensor([0.0, 1.0, 0.0])
     prefix = prior.read_text(**kwargs, text_cond_drop_prob=drop)
     for image_embed, t in [args, (torch.randn(3, D), torch.tensor([5, 999, 0]))]:
@@ -124,13 +81,12 @@ def test_a_caption_read_once_serves_every_call_of_the_prior():
             prior(image_embed, t, **kwargs, text_cond_drop_prob=drop), atol=1e-5, rtol=1e-5)
 
 
-SMALL_UNETS = [replace(unet, dim=16, image_size=32, crop_size=0) for preset in ("base", "seed")
-               for unet in PRESETS[preset].decoder.unets]
+BASE = [replace(unet, dim=16, image_size=32, crop_size=0) for unet in PRESETS["base"].decoder.unets]
 
 
-@pytest.mark.parametrize("drop", [0.0, 1.0])
-@pytest.mark.parametrize("config, number", [
-    *zip(TOY.decoder.unets, (1, 2)), *zip(SMALL_UNETS, (1, 2, 1, 2))])
+@pytest.mark.parametrize("config, number, drop", [
+    (TOY.decoder.unets[0], 1, 0.0), (TOY.decoder.unets[0], 1, 1.0), (TOY.decoder.unets[1], 2, 0.0),
+    (BASE[0], 1, 0.0), (BASE[1], 2, 0.0)])
 def test_a_unet_equals_the_stock_one_forward_and_backward(config, number, drop):
     torch.manual_seed(0)
     fast = build_unet(config, number, D)
@@ -148,9 +104,7 @@ def test_a_unet_equals_the_stock_one_forward_and_backward(config, number, drop):
 
 def test_neighbouring_timesteps_differ_in_bf16():
     """The library rounds the timestep itself to bf16, where 996 and 997 are the same."""
-    torch.manual_seed(0)
-    fast = build_unet(TOY.decoder.unets[0], 1, D)
-    torch.nn.init.normal_(fast.to_out.weight)
+    fast, _, _ = make_network("unet1")
     stock = restore_modules(copy.deepcopy(fast))
     x, embed = torch.randn(1, 3, 32, 32).expand(2, -1, -1, -1), torch.randn(1, D).expand(2, -1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -161,20 +115,13 @@ def test_neighbouring_timesteps_differ_in_bf16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prior", "unet"])
+@pytest.mark.parametrize("name", ["prior", "unet1"])
 def test_networks_compile_as_one_graph_once(name):
     """No graph break, and no second compilation from step to step."""
     torch._dynamo.reset()
-    torch.manual_seed(0)
     counter = CompileCounter()
-    if name == "prior":
-        network = build_prior(TOY.prior, D)
-        args, kwargs = make_prior_inputs()
-    else:
-        network = build_unet(TOY.decoder.unets[0], 1, D)
-        args = torch.randn(3, 3, 32, 32), torch.arange(3)
-        kwargs = dict(image_embed=torch.randn(3, D))
-    drop = {"prior": "text_cond_drop_prob", "unet": "image_cond_drop_prob"}[name]
+    network, args, kwargs = make_network(name)
+    drop = {"prior": "text_cond_drop_prob", "unet1": "image_cond_drop_prob"}[name]
     network.compile(backend=counter, fullgraph=True)
     for step in range(4):
         out = network(args[0], args[1] + step, **kwargs, **{drop: (torch.rand(3) < 0.5).float()})
@@ -182,30 +129,22 @@ def test_networks_compile_as_one_graph_once(name):
     assert counter.frame_count == 1
 
 
-def test_every_trainable_parameter_gets_a_gradient():
+@pytest.mark.parametrize("name", ["prior", "unet1", "unet2"])
+def test_every_trainable_parameter_gets_a_gradient(name):
     """Distributed training waits for the gradient of each."""
-    drop = torch.tensor([0.0, 1.0])
-    prior = build_prior(TOY.prior, D)
-    args, kwargs = make_prior_inputs(batch=2)
-    networks = [(prior, lambda: prior(*args, **kwargs, text_cond_drop_prob=drop))]
-    for number, config in enumerate(TOY.decoder.unets, start=1):
-        unet = build_unet(config, number, D)
-        torch.nn.init.normal_(unet.to_out.weight)
-        x, t = torch.randn(2, 3, 64, 64), torch.tensor([5, 6])
-        condition = dict(image_embed=torch.randn(2, D), image_cond_drop_prob=drop) \
-            if number == 1 else dict(image_embed=None, lowres_cond_img=x, lowres_noise_level=t)
-        networks.append((unet, lambda unet=unet, x=x, t=t, c=condition: unet(x, t, **c)))
-    for network, call in networks:
-        call().square().sum().backward()
-        for name, parameter in network.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
+    network, args, condition = make_network(name)
+    dropped = {"prior": "text_cond_drop_prob", "unet1": "image_cond_drop_prob"}.get(name)
+    if dropped:
+        condition[dropped] = torch.tensor([0.0, 1.0, 0.0])
+    network(*args, **condition).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
 def test_dropping_the_text_drops_it_for_its_row_alone():
-    prior = build_prior(TOY.prior, D).eval()
-    args, kwargs = make_prior_inputs(batch=2)
-    other = dict(text_embed=torch.randn(2, D), text_encodings=torch.randn(2, 9, D))
-    drop = torch.tensor([1.0, 0.0])
+    prior, args, kwargs = make_network("prior")
+    other = {name: torch.randn_like(value) for name, value in kwargs.items()}
+    drop = torch.tensor([1.0, 0.0, 0.0])
     a, b = (prior(*args, **k, text_cond_drop_prob=drop) for k in (kwargs, other))
     torch.testing.assert_close(a[0], b[0])
     assert (a[1] - b[1]).abs().max() > 1e-3
@@ -213,16 +152,14 @@ def test_dropping_the_text_drops_it_for_its_row_alone():
     assert (noised[0] - a[0]).abs().max() > 1e-4  # the noised embedding is still read
 
 
-def test_sizes_that_the_network_cannot_halve_are_named():
-    config = replace(TOY.decoder.unets[0], image_size=30)
+def test_configs_that_the_library_cannot_compute_are_refused():
+    """Sides that cannot be halved; image tokens as wide as the embedding, for which the library
+    would take the embedding itself."""
+    config = TOY.decoder.unets[0]
     with pytest.raises(UserError, match="image_size"):
-        build_unet(config, 1, D)
-
-
-def test_image_tokens_as_wide_as_the_embedding_are_refused():
-    """The library would hand on the embedding itself in place of its tokens."""
+        build_unet(replace(config, image_size=30), 1, D)
     with pytest.raises(UserError, match="cond_dim 64 needs a CLIP of another embedding size"):
-        build_unet(TOY.decoder.unets[0], 1, 64)
+        build_unet(config, 1, 64)
 
 
 def test_checkpointed_blocks_give_the_same_gradients_from_less_memory():

@@ -7,14 +7,13 @@ import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from helpers import ROOT
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = {"clip": ["train_clip.py"], "prior": ["train_prior.py"],
         "decoder": ["train_decoder.py", "--unet_number", "1"],
         "upsampler": ["train_decoder.py", "--unet_number", "2"]}
@@ -52,17 +51,13 @@ def kill(process):
 
 
 def read_metrics(folder):
-    (path,) = Path(folder).rglob("metrics.jsonl")
+    (path,) = folder.rglob("metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def assert_same_weights(one, other):
-    (one,), (other,) = (sorted(set(folder.glob("*.safetensors"))
-                               - set(folder.glob("*_last.safetensors"))) for folder in (one, other))
-    one, other = load_file(one), load_file(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].equal(other[name]), name
+def read_weights(folder):
+    return {name: value.tolist() for name, value in
+            load_file(folder / "prior.safetensors").items()}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -75,7 +70,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, tmp_p
                      processes=processes)
     finish(begin("whole"))
     moments, kills = random.Random(processes), 0
-    for _ in range(3):
+    for _ in range(2):
         process = begin("killed")
         deadline = time.time() + 60
         before = set((tmp_path / "killed").rglob("step_*.pt"))
@@ -87,31 +82,20 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(processes, tmp_p
         kill(process)
     assert kills
     finish(begin("killed"))
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert read_weights(tmp_path / "whole") == read_weights(tmp_path / "killed")
     whole, killed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "killed")
     assert [row["step"] for row in killed] == list(range(1, 13))
     assert [row["loss"] for row in whole] == [row["loss"] for row in killed]
 
 
-def test_processes_share_a_batch(tmp_path, data_flags, clip_path):
-    flags = ["--num_steps", "20", "--batch_size", "16", "--validate_every", "20"]
-    finish(start("decoder", tmp_path / "one", data_flags, clip_path, *flags))
-    out = finish(start("decoder", tmp_path / "two", data_flags, clip_path, *flags, processes=2))
-    assert "on 2 x cpu" in out
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for row, other in zip(one, two, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-    assert len(one) == 20 and one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], rel=1e-3)
-
-
 def test_two_processes_train_a_clip(tmp_path, data_flags, clip_path):
-    """Contrasting all their pairs; validating in one of them. The losses differ a little from one
-    process's: on a CPU the statistics of batch norm are those of a process."""
+    """Contrasting all their pairs. The losses differ a little from one process's: on a CPU the
+    statistics of batch norm are those of a process."""
     flags = ["--num_steps", "4", "--batch_size", "16", "--validate_every", "2"]
-    finish(start("clip", tmp_path / "one", data_flags, clip_path, *flags))
-    finish(start("clip", tmp_path / "two", data_flags, clip_path, *flags, processes=2))
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    for processes in (1, 2):
+        finish(start("clip", tmp_path / f"{processes}", data_flags, clip_path, *flags,
+                     processes=processes))
+    one, two = read_metrics(tmp_path / "1"), read_metrics(tmp_path / "2")
     assert [row["step"] for row in two if "val_loss" in row] == [2, 4]
     for row, other in zip(one, two, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=0.1)

@@ -1,46 +1,32 @@
-import json
+"""Schedules, samplers, guidance, the cascade: against distributions whose denoiser is known."""
+
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import change_unets, check_refused, write_checkpoints
 
+from dalle2 import sampling
 from dalle2.config import PRESETS
 from dalle2.diffusion import Diffusion
 from dalle2.fast_modules import Prefix
 from dalle2.models import build_unet
-from dalle2.rng import draw_noise
 from dalle2.rowwise import in_groups
-from dalle2.sampling import (
-    SAMPLER,
-    SAMPLERS,
-    Level,
-    SampleOptions,
-    build_stages,
-    compute_levels,
-    guide,
-    repeat_guided,
-    sample_image_embed,
-    sample_images,
-    threshold,
-)
-from dalle2.tools.explore import invert_ddim
+from dalle2.sampling import SampleOptions, build_stages, compute_levels, sample_image_embed
 
 MEAN, SPREAD = 0.7, 0.3
 DIFFUSION = Diffusion(1000, "cosine")
 
 
-def denoise_gaussian(x_t, level, mean=MEAN, spread=SPREAD):
-    """E[x_start | x_t] where x_start is Gaussian with `mean` and `spread`."""
+def denoise_gaussian(x_t, level):
+    """E[x_start | x_t] where x_start is Gaussian with MEAN and SPREAD."""
     alpha, sigma = level.alpha, level.sigma
-    gain = alpha * spread ** 2 / (alpha ** 2 * spread ** 2 + sigma ** 2)
-    return mean + gain * (x_t - alpha * mean)
+    gain = alpha * SPREAD ** 2 / (alpha ** 2 * SPREAD ** 2 + sigma ** 2)
+    return MEAN + gain * (x_t - alpha * MEAN)
 
 
 def solve(sampler, denoise, x, levels):
-    return SAMPLERS[sampler](denoise, x, levels, lambda step: torch.randn(
+    return sampling.SAMPLERS[sampler](denoise, x, levels, lambda step: torch.randn(
         x.shape, generator=torch.Generator().manual_seed(step)))
 
 
@@ -54,43 +40,20 @@ def test_samplers_solve_the_gaussian(sampler, error):
     assert (coarse - (MEAN + SPREAD * z)).abs().max() < 50 * error
 
 
-@pytest.mark.parametrize("spread", [0.05 ** 0.5, 0.01 ** 0.5, 0.002 ** 0.5])
-def test_the_default_sampler_keeps_the_amplitude_of_detail(spread):
-    """With evenly spaced timesteps DDIM gave .89, .77 and .59 of it."""
-    found = solve(SAMPLER, partial(denoise_gaussian, mean=0, spread=spread),
-                  torch.ones(1).double(), compute_levels(DIFFUSION, 25))
-    assert 0.98 < found.item() / spread < 1.02
-
-
-def denoise_mixture(x_t, level):
-    """E[x_start | x_t] of two narrow Gaussians at -1 and 1."""
-    alpha, sigma = level.alpha, level.sigma
-    variance = alpha ** 2 * 0.2 ** 2 + sigma ** 2
-    share = torch.sigmoid(2 * alpha * x_t / variance)  # of the one at 1
-    mean = 2 * share - 1
-    return mean + alpha * 0.2 ** 2 / variance * (x_t - alpha * mean)
-
-
-@pytest.mark.parametrize("problem", ["gaussian", "mixture"])
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpmpp_2m", 2)])
-def test_samplers_converge_at_their_order(sampler, order, problem):
-    """Against the exact solution of the probability flow, or, of the mixture's, the solution with
-    ten times the steps; without the last step, whose length does not shrink."""
+def test_samplers_converge_at_their_order(sampler, order):
+    """Against the exact solution of the probability flow; without the last step, whose length does
+    not shrink."""
     z = torch.linspace(-2, 2, 9).double()
     errors = []
     for steps in (40, 80, 160):
         levels = compute_levels(DIFFUSION, steps)[:-1]
-        if problem == "gaussian":
-            (a, b), (c, d) = ((x.alpha, (x.alpha ** 2 * SPREAD ** 2 + x.sigma ** 2) ** 0.5)
-                              for x in (levels[0], levels[-1]))
-            start, exact, denoise = a * MEAN + b * z, c * MEAN + d * z, denoise_gaussian
-        else:
-            start, denoise = z, denoise_mixture
-            exact = solve("dpmpp_2m", denoise, z, compute_levels(DIFFUSION, 1000)[:-1])
-        errors.append((solve(sampler, denoise, start, levels) - exact).abs().max())
+        (a, b), (c, d) = ((x.alpha, (x.alpha ** 2 * SPREAD ** 2 + x.sigma ** 2) ** 0.5)
+                          for x in (levels[0], levels[-1]))
+        found = solve(sampler, denoise_gaussian, a * MEAN + b * z, levels)
+        errors.append((found - c * MEAN - d * z).abs().max())
     slopes = [(errors[i] / errors[i + 1]).log2().item() for i in range(2)]
-    print(sampler, problem, "slopes", slopes)
-    assert min(slopes) > order - 0.25
+    assert min(slopes) > order - 0.25, slopes
 
 
 def test_ancestral_sampling_draws_the_distribution():
@@ -103,31 +66,22 @@ def test_ancestral_sampling_draws_the_distribution():
     assert torch.corrcoef(torch.stack([exact, z]))[0, 1] > 0.99
 
 
-def test_inversion_finds_the_noise_that_ddim_began_from():
-    z, levels = torch.linspace(-2, 2, 9), compute_levels(DIFFUSION, 250)
-    x_start = solve("ddim", denoise_gaussian, z, levels)
-    assert (invert_ddim(denoise_gaussian, x_start, levels) - z).abs().max() < 0.05
-
-
 def test_dynamic_thresholding_scales_the_saturated_picture_alone():
-    image = torch.stack([torch.linspace(-0.5, 0.5, 300), torch.linspace(-4, 4, 300)]
-                        ).view(2, 3, 10, 10)
-    found = threshold(image, "dynamic")
+    image = torch.linspace(-0.5, 0.5, 300) * torch.tensor([[1], [8]])
+    found = sampling.threshold(image.view(2, 3, 10, 10), "dynamic").flatten(1)
     assert torch.equal(found[0], image[0])
     assert found[1].abs().max() == 1 and (found[1].abs() == 1).float().mean() < 0.02
-    assert (threshold(image, "static")[1].abs() == 1).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_levels_are_even_in_log_snr_from_the_last_timestep_to_the_clean_picture(schedule):
     diffusion = Diffusion(1000, schedule)
-    for steps in (1, 2, 7, 25, 1000):
+    for steps in (1, 2, 25, 1000):
         levels = compute_levels(diffusion, steps)
         times = [level.t for level in levels]
         assert len(levels) == steps + 1 and times == sorted(set(times), reverse=True)
-        assert times[0] == 999 and levels[-1] == Level(-1, 1, 0) and (steps == 1 or times[-2] == 0)
-        for level in levels:
-            assert level.alpha ** 2 + level.sigma ** 2 == pytest.approx(1)
+        assert times[0] == 999 and (steps == 1 or times[-2] == 0)
+        assert levels[-1] == sampling.Level(-1, 1, 0)
     levels = compute_levels(diffusion, 25)[:-1]
     log_ratio = torch.tensor([level.alpha / level.sigma for level in levels]).log()
     h = log_ratio[1:].diff()  # the first step skips what is noise alone
@@ -149,7 +103,7 @@ def test_levels_of_a_discrete_network_are_whole_timesteps_with_their_own_noise()
     assert len(compute_levels(DIFFUSION, 16, discrete_time=True)) == 17
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_samplers_call_the_network_once_a_level(name):
     seen, levels = [], compute_levels(DIFFUSION, 5)
     solve(name, lambda x, level: (seen.append(level), x)[1], torch.zeros(1, 2), levels)
@@ -170,9 +124,9 @@ def test_ddim_is_the_reference_formula():
 def test_guidance_extrapolates_in_one_call_and_costs_nothing_at_one():
     x, t = torch.zeros(2, 3), torch.tensor([5, 5])
     for scale, wanted, drops in ((3.0, 3, [0, 0, 1, 1]), (1.0, 1, [0, 0])):
-        drop, rows, times = repeat_guided(scale, x, t)
+        drop, rows, times = sampling.repeat_guided(scale, x, t)
         assert drop.tolist() == drops and times.tolist() == [5] * len(drops)
-        assert (guide(rows + 1 - drop[:, None], scale) == wanted).all()
+        assert (sampling.guide(rows + 1 - drop[:, None], scale) == wanted).all()
 
 
 def test_guidance_of_the_prior_keeps_the_noised_embedding():
@@ -231,7 +185,7 @@ def test_each_later_stage_has_its_own_steps_sampler_and_conditioning_noise():
         options = [SampleOptions(1, steps, sampler, lowres_noise_level=level)
                    for steps, sampler, level in zip((3, 1, 2), ("ddim", "dpmpp_2m", "ddpm"),
                                                     [None, *(given or [None] * 2)])]
-        sample_images(build_stages([unet] * 3, configs), torch.randn(1, 4), [1], options)
+        sampling.sample_images(build_stages([unet] * 3, configs), torch.randn(1, 4), [1], options)
         assert seen == [(8, None)] * 3 + [(16, levels[0])] + [(32, levels[1])] * 2
 
 
@@ -246,9 +200,9 @@ def test_a_picture_depends_on_its_seed_alone_and_the_upsampler_is_not_guided():
             lambda _, args, number=number: batches[number].append(len(args[0])))
     embeds = F.normalize(torch.randn(3, 128), dim=-1)
     stages, options = build_stages(unets, configs), SampleOptions(2.0, 2)
-    together = sample_images(stages, embeds, [7, 8, 9], options)
+    together = sampling.sample_images(stages, embeds, [7, 8, 9], options)
     assert batches == {1: [8, 8], 2: [1] * 6}  # guidance doubles the first stage alone
-    alone = sample_images(stages, embeds[1:2], [8], options)
+    alone = sampling.sample_images(stages, embeds[1:2], [8], options)
     assert together.shape == (3, 3, 256, 256) and 0 <= together.min() and together.max() <= 1
     assert torch.equal(together[1:2], alone)
     assert (together[1] - together[0]).abs().mean() > 1e-3
@@ -263,29 +217,3 @@ def test_groups_are_filled_up_and_cut_again():
     found = in_groups(double, 2)(torch.arange(3.0)[:, None], ["a", "b", "c"], factor=2)
     assert [part.flatten().tolist() for part in found] == [[0, 2, 4], [0, 1, 2]]
     assert seen == [([0, 1], ["a", "b"]), ([2, 2], ["c", "c"])]
-
-
-def test_noise_comes_from_the_seed_of_its_row():
-    noise = draw_noise([3, 4], (5,))
-    assert torch.equal(noise[1], draw_noise([4], (5,))[0]) and not torch.equal(*noise)
-
-
-def test_candidates_and_conditioning_noise_have_flags_and_are_recorded(clip_path, run_script,
-                                                                       tmp_path):
-    flags = write_checkpoints(tmp_path, clip_path, noise=0.1, unets=change_unets(
-        *({"dim": 8, "dim_mults": (1, 1), "image_size": size} for size in (16, 32))))
-    pictures = []
-    for given, recorded in (((), (2, [50])), (("--lowres_noise_level", 300), (2, [300])),
-                            (("--num_candidates", 9), (9, [50]))):
-        out = tmp_path / str(recorded)
-        code, _, error = run_script("test_dalle2.py", *flags, "--prompt", "a red box",
-                                    "--sample_timesteps", 2, "--output_dir", out, *given)
-        assert code == 0, error
-        settings = json.loads((out / "manifest.json").read_text())["settings"]
-        assert (settings["num_candidates"], settings["lowres_noise_level"]) == recorded
-        pictures.append((out / "a red box.jpg").read_bytes())
-    assert len(set(pictures)) == 3
-    for flag, value in (("--lowres_noise_level", 301), ("--lowres_noise_level", -1),
-                        ("--num_candidates", 0)):
-        check_refused(run_script("test_dalle2.py", *flags, "--prompt", "a red box", flag, value),
-                      f"{flag}: {value} ")

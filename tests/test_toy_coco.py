@@ -1,11 +1,11 @@
+"""The toy data set, and the judge that reads shape, color, size and place off a picture."""
+
 import io
 import json
 
-import numpy as np
 import pytest
 import toy_coco
 from PIL import Image
-from pycocotools.coco import COCO
 
 
 @pytest.fixture(scope="module")
@@ -15,32 +15,15 @@ def val(toy):
     return pictures, [truth[i] for i in sorted(truth)]
 
 
-def small_trip(image, side=64):
-    buffer = io.BytesIO()
-    image.resize((side, side), Image.BICUBIC).resize((256, 256), Image.BICUBIC).save(
-        buffer, "JPEG", quality=80)
-    return Image.open(buffer)
-
-
-def test_judge_reads_true_pictures(val):
-    pictures, wanted = val
-    for shown in (pictures, [small_trip(p) for p in pictures]):
-        accuracy = toy_coco.compute_accuracy(toy_coco.map_check(shown, wanted))
-        assert min(accuracy.values()) >= 0.99, accuracy
-
-
-def test_judge_is_at_chance_for_wrong_captions(val):
-    pictures, wanted = val
-    results = [r for k in range(1, 20)
-               for r in toy_coco.map_check(pictures, wanted[k:] + wanted[:k])]
-    accuracy = toy_coco.compute_accuracy(results)
-    for name, values in (("background", [w["background"] for w in wanted]),
-                         ("count", [len(w["objects"]) for w in wanted])):
-        shares = np.unique(values, return_counts=True)[1] / len(values)
-        assert abs(accuracy[name] - (shares ** 2).sum()) < 0.05, name
-    # one object is sometimes judged against nothing, where two were described
-    for name, chance in (("color", 1 / 4), ("shape", 1 / 4), ("size", 1 / 2)):
-        assert chance * 0.65 < accuracy[name] < chance + 0.05, (name, accuracy[name])
+def test_judge_reads_true_pictures_even_blurred_and_compressed(val):
+    pictures, wanted = list(val[0]), val[1]
+    for number, picture in enumerate(pictures):
+        content = io.BytesIO()
+        small = picture.resize((64, 64), Image.BICUBIC).resize((256, 256), Image.BICUBIC)
+        small.save(content, "JPEG", quality=80)
+        pictures[number] = Image.open(content)
+    accuracy = toy_coco.compute_accuracy(toy_coco.map_check(pictures, wanted))
+    assert min(accuracy.values()) >= 0.99, accuracy
 
 
 def test_judge_sees_each_attribute_change(val):
@@ -53,35 +36,6 @@ def test_judge_sees_each_attribute_change(val):
             result = toy_coco.check_attributes(picture, lie)
             assert result[name][0] is False
             assert result["background"] == [True] and result["place"][0]
-
-
-def test_blank_and_noise_pictures_are_wrong(val):
-    _, wanted = val
-    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    for array in (np.full((256, 256, 3), 128, np.uint8), noise):
-        accuracy = toy_coco.compute_accuracy(toy_coco.map_check([array] * len(wanted), wanted))
-        assert accuracy["color"] < 0.3 and accuracy["shape"] < 0.3 and accuracy["count"] < 0.6
-
-
-def test_val_holds_what_train_never_shows(toy):
-    for split, held_out in (("train", False), ("val", True)):
-        for attributes in toy_coco.load_attributes(toy / f"captions_{split}.json").values():
-            assert held_out == any(toy_coco.is_held_out(item, attributes["background"])
-                                   for item in attributes["objects"])
-
-
-def test_captions_are_coco_and_say_everything(toy):
-    coco = COCO(str(toy / "captions_train.json"))
-    for image_id, image in coco.imgs.items():
-        captions = [a["caption"] for a in coco.imgToAnns[image_id]]
-        assert len(captions) == 5 and len(set(captions)) >= 4
-        assert Image.open(toy / "train" / image["file_name"]).convert("L").size == (256, 256)
-        for caption in captions:
-            assert image["attributes"]["background"] in caption
-            for item in image["attributes"]["objects"]:
-                assert item["color"] in caption
-                assert any(word in caption for word in toy_coco.SHAPES[item["shape"]])
-                assert any(word in caption for word in toy_coco.SIZE_WORDS[item["size"]])
 
 
 def test_same_seed_same_data_and_a_finished_split_stays(toy, tmp_path, capsys):

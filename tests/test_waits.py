@@ -2,18 +2,20 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import TOY, D, RandomStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle2.clip import build_clip
-from dalle2.config import PRESETS
 from dalle2.models import build_prior, build_unet
+from dalle2.rng import BatchRandom
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
 from dalle2.train_state import TrainState
 
-TOY, D, B = PRESETS["toy"], 128, 4
+B = 4
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"}
 
 
@@ -36,28 +38,19 @@ class WaitCounter(TorchDispatchMode):
 def make_step(name, device):
     """A function that takes one training step of the toy preset's network, with Muon."""
     torch.manual_seed(0)
-    accelerator = Accelerator(cpu=device == "cpu")
-    embed = torch.randn(B, D)
+    accelerator, store = Accelerator(cpu=device == "cpu"), RandomStore()
     if name == "clip":
-        task, module = ClipTask(TOY.clip, accelerator), build_clip(TOY.clip)
-        batch = {"image": torch.zeros(B, 3, 48, 48, dtype=torch.uint8),
-                 "text_tokens": torch.ones(B, TOY.clip.context_length, dtype=torch.long)}
+        task, module = ClipTask(TOY.clip, accelerator, store), build_clip(TOY.clip)
     elif name == "prior":
-        task, module = PriorTask(TOY.prior, accelerator), build_prior(TOY.prior, D)
-        batch = {"image_embed": embed, "text_embed": embed, "text_encodings": torch.zeros(B, 26, D)}
+        task, module = PriorTask(TOY.prior, accelerator, store), build_prior(TOY.prior, D)
     else:
-        number = int(name[-1])
-        task = UnetTask(number, TOY.decoder, accelerator)
-        module = build_unet(task.config, number, D)
-        side = task.crop_size
-        batch = {"image": torch.zeros(B, 3, side, side, dtype=torch.uint8)}
-        batch |= {"image_embed": embed} if number == 1 else {
-            "lowres_cond_img": torch.zeros(B, 3, 32, 32, dtype=torch.uint8),
-            "corner": torch.zeros(B, 2, dtype=torch.long)}
-    train = replace(task.config.train, batch_size=B, snapshot_every=1)
-    state = TrainState(module, train, accelerator)
+        task = UnetTask(int(name[-1]), TOY.decoder, accelerator, store)
+        module = build_unet(task.config, task.unet_number, D)
+    batch = task.load(store, np.arange(B), BatchRandom("data", batch_size=B))
     if device == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
+    state = TrainState(module, replace(task.config.train, batch_size=B, snapshot_every=1),
+                       accelerator)
 
     def take_step(step):
         state.compute_gradients(step, batch, task.loss)
