@@ -170,9 +170,12 @@ def test_metrics_of_a_run_that_was_cut_off_are_dropped(tmp_path):
 # several processes
 
 
-def train_in_parts_and_with_little_memory(rank, folder):
+def train_in_parts(rank, folder):
     for steps in (4, 8):
         run_training(folder / f"machine{rank}", replace(CONFIG, num_steps=steps))
+
+
+def train_with_little_memory(rank, folder):
     run_training(folder / "small", module=SmallDevice(1 if rank else 4), loss=loss_of_noise)
 
 
@@ -184,7 +187,9 @@ def loss_of_noise(module, batch, random):
 def test_two_processes_resume_alike_and_take_the_rows_that_the_smaller_one_can(tmp_path, capfd):
     """Each has a run folder of its own at first, and only the first one's holds checkpoints; then
     the second lacks memory."""
-    run_in_two_processes(train_in_parts_and_with_little_memory, tmp_path)
+    for function in (train_in_parts, train_with_little_memory):
+        run_in_two_processes(function, tmp_path)
+        (tmp_path / "meet").unlink(missing_ok=True)
     assert capfd.readouterr().out.count("out of memory with 2 rows at a time: now 1") == 1
     assert not (tmp_path / "machine1" / "checkpoints").exists()
     for steps in (4, 8):
