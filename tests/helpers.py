@@ -7,7 +7,9 @@ import os
 import re
 import runpy
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,6 +25,7 @@ from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 600  # seconds for two processes to import torch, meet and finish on a busy machine
 TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
 
 
@@ -139,7 +142,14 @@ def extract_means(image):
 
 def run_in_two_processes(function, folder, *args):
     """function(rank, folder, *args) in two processes of one launch; raises what either raised."""
-    multiprocessing.spawn(enter_process, (function, folder, *args), nprocs=2)
+    end = time.monotonic() + PATIENCE
+    running = multiprocessing.spawn(enter_process, (function, folder, *args), nprocs=2, join=False)
+    try:
+        while not running.join(timeout=1):
+            assert time.monotonic() < end, f"the two processes have not ended in {PATIENCE} s"
+    finally:
+        for process in running.processes:
+            process.kill()
 
 
 def enter_process(rank, function, folder, *args):
@@ -147,7 +157,7 @@ def enter_process(rank, function, folder, *args):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="localhost", MASTER_PORT="0")  # they meet in a file
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                                         world_size=2)
+                                         world_size=2, timeout=timedelta(seconds=PATIENCE))
     try:
         function(rank, folder, *args)
         torch.distributed.barrier()  # nobody leaves while the other still gathers

@@ -1,12 +1,15 @@
 """The downloader against a server on the loopback interface that misbehaves in every way."""
 
+import contextlib
 import io
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -63,7 +66,10 @@ class Handler(BaseHTTPRequestHandler):
         if server.cuts:
             server.cuts -= 1
             rest = rest[:len(rest) // 2]
-        self.wfile.write(rest)
+        with contextlib.suppress(OSError):  # the client was killed
+            for i in range(0, len(rest), 4096):
+                self.wfile.write(rest[i:i + 4096])
+                time.sleep(server.pause)
 
     def find_start(self):
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -79,11 +85,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     """files: {path: bytes}; etag: of all of them; cuts: how many of the next answers break off half
-    way; failures: statuses of the next answers; ranges: whether Range is understood; starts: where
-    each answer began."""
+    way; failures: statuses of the next answers; ranges: whether Range is understood; pause: seconds
+    between blocks of 4 KB; starts: where each answer began."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.etag, server.cuts, server.failures = {"/x": BYTES}, '"1"', 0, []
-    server.ranges, server.starts = True, []
+    server.ranges, server.pause, server.starts = True, 0, []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -93,12 +99,17 @@ def server():
     server.server_close()
 
 
-def run_cli(server, folder, *flags):
+def run_cli(server, folder, *flags, kill_after=None):
     """(exit code, stdout, stderr) of the script in a process of its own."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, ROOT / "data" / "coco_download.py", "--data_dir", folder,
-         "--base_url", server.url, *flags], capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
+         "--base_url", server.url, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
 
 
 def assert_complete(server, folder, counts):
@@ -222,3 +233,16 @@ def test_what_is_missing_or_no_jpeg_is_one_line(server, tmp_path):
     assert code == 1 and "COCO_val2014_000000000003.jpg: the server does not send a complete" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "val2014/COCO_val2014_000000000003.jpg").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_everything_arrives(server, tmp_path):
+    server.files, server.pause = make_coco(), 0.03
+    moments = random.Random(1)
+    codes = [run_cli(server, tmp_path, kill_after=moments.uniform(0.2, 0.6))[0]
+             for _ in range(10)]
+    server.pause = 0
+    assert codes.count(-signal.SIGKILL) >= 3
+    code, _, err = run_cli(server, tmp_path)
+    assert code == 0, err
+    assert_complete(server, tmp_path, {"train": 30, "val": 20})

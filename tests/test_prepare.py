@@ -1,11 +1,17 @@
 """The prepared store: what is kept, what is left out, and that a kill loses nothing."""
 
+import filecmp
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import write_coco
+from helpers import ROOT, write_coco
 from PIL import Image
 
 from dalle2.clip import load_clip
@@ -142,3 +148,42 @@ def test_build_once_hands_a_part_of_the_same_source_on(tmp_path):
             pass
     assert seen == [["source.json"], ["file1", "source.json"], ["source.json"]]
     assert (tmp_path / "x" / "file3").exists()
+
+
+PREPARE = """
+import sys
+sys.path[:0] = [{root!r}]
+import dalle2.prepare as prepare
+from dalle2.clip import load_clip
+prepare.IMAGES_A_STEP = prepare.BATCH_SIZE = 4
+prepare.CAPTIONS_A_STEP = 16
+clip = load_clip("", {clip!r})
+prepare.prepare_store({toy!r} + "/train", {toy!r} + "/captions_train.json", {store!r},
+                      clip=clip, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_store_ends_with_the_same_bytes(toy, clip_path, tmp_path):
+    def run(store, kill_after=None):
+        code = PREPARE.format(root=str(ROOT), clip=str(clip_path),
+                              toy=str(toy), store=str(store))
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+        if kill_after is not None:
+            deadline = time.time() + 60
+            while not list(store.glob("*/*.part/journal.jsonl")) and process.poll() is None \
+                    and time.time() < deadline:
+                time.sleep(0.005)
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+        assert process.wait(120) == (0 if kill_after is None else -signal.SIGKILL) or kill_after
+    run(tmp_path / "whole")
+    for seed in range(4):
+        run(tmp_path / "killed", random.Random(seed).uniform(0, 0.12))
+    run(tmp_path / "killed")
+    whole, killed = ({path.relative_to(folder): path for path in folder.rglob("*")
+                      if path.is_file() and path.suffix != ".lock"}
+                     for folder in (tmp_path / "whole", tmp_path / "killed"))
+    assert whole.keys() == killed.keys() and len(whole) >= 9
+    for name in whole:
+        assert filecmp.cmp(whole[name], killed[name], shallow=False), name
