@@ -34,7 +34,7 @@ keep() {
 
 run_tests() {
     has pytest || need requirements-dev.txt
-    keep tests.txt "$PY" -m pytest tests/test_cuda.py -m "" -rs
+    keep tests.txt "$PY" -m pytest -m "" tests/test_cuda.py tests/test_waits.py -rs
 }
 
 run_speed() {
