@@ -43,6 +43,7 @@ from dalle2.pipeline import load_pipeline
 from dalle2.rng import draw_noise
 from dalle2.sampling import (
     Level,
+    SampleOptions,
     build_denoiser,
     build_stages,
     condition_upsampler,
@@ -51,6 +52,7 @@ from dalle2.sampling import (
 from dalle2.tools.metrics import compute_cmmd, compute_fid_kid
 
 PARTS = "clip", "prior", "stages", "chain"
+SOURCES = "text", "true embeddings"
 LOG_SNRS = tuple(range(-5, 5))  # log(alpha / sigma)
 RIDGE = 1000.0    # of standardized features
 JUDGE_SIZE = 224  # what EfficientNet-Lite0 was trained on, pixels
@@ -70,6 +72,8 @@ def main():
         print_table(part, found[part])
     path = Path(args.run_dir) / "measures.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    for part in args.parts:
+        found[part] = before.get(part, {}) | found[part]
     replace_file(path, lambda new: new.write_text(json.dumps(before | found, indent=1)))
 
 
@@ -80,7 +84,12 @@ def parse_args():
     parser.add_argument("--num_images", type=cli.at_least(2), help="the first ones; None: all")
     parser.add_argument("--num_photos", type=cli.at_least(2), default=320,
                         help="of them, for the part `stages`")
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES),
+                        help="what the part `chain` renders from")
     parser.add_argument("--cond_scale", type=float, help="None: what the checkpoint says")
+    parser.add_argument("--lowres_noise_level", type=cli.at_least(0), help="None: likewise")
+    parser.add_argument("--sample_timesteps", nargs="+", type=cli.at_least(1),
+                        help="of prior and stages; None: what the checkpoint says")
     for split in ("train", "val"):
         parser.add_argument(f"--{split}_img_path", required=split == "val")
         parser.add_argument(f"--{split}_annot_path", required=split == "val")
@@ -160,16 +169,18 @@ def measure_stages(args, data):
             condition = {"image_embed": image_embed}
         else:
             lowres = resize(photos.float() / 255, configs[number - 1].image_size)
-            condition = condition_upsampler(
-                lowres, size, configs[number].lowres_noise_level,
-                draw_noise(range(len(image)), image.shape[1:]))
+            level = configs[number].lowres_noise_level if args.lowres_noise_level is None \
+                else args.lowres_noise_level
+            condition = condition_upsampler(lowres, size, level,
+                                            draw_noise(range(len(image)), image.shape[1:]))
         rows[f"x_start error, {size} px"] = {
             f"{log_snr:+d}": summarize(compute_x_start_error(
                 unet, configs[number], image, condition, log_snr)) for log_snr in LOG_SNRS}
         if number > 1:
             stage = build_stages([None] * (number - 1) + [unet],
                                  [None] * (number - 1) + [configs[number]])[-1]
-            drawn = stage.sample(lowres[:64], range(64))
+            drawn = stage.sample(lowres[:64], range(len(lowres[:64])),
+                                 SampleOptions(lowres_noise_level=level))
             rows[f"PSNR, {size} px"] = {"network": compute_psnr(drawn, image[:64]),
                                         "bicubic": compute_psnr(resize(lowres[:64], size).clamp(
                                             0, 1), image[:64])}
@@ -274,23 +285,25 @@ def measure_chain(args, data):
     pipeline = load_pipeline(SimpleNamespace(
         prior_ckpt=run / "prior" / "prior.safetensors", clip_model=None, clip_pretrained=None,
         decoder_ckpt=run / "decoder" / "decoder.safetensors", compile=False), cli.pick_device())
-    options = pipeline.resolve_options(cond_scale=args.cond_scale)
+    options = pipeline.resolve_options(cond_scale=args.cond_scale,
+                                       sample_timesteps=args.sample_timesteps,
+                                       lowres_noise_level=args.lowres_noise_level)
     size = pipeline.stages[0].config.image_size
     small = in_batches(lambda photos: resize(resize(photos.float() / 255, size), 256), data.photos)
     rows[f"photos at {size} px"] = {"pairs": summarize(judge.compute_pairs(
         judge.embed_images(small), vectors))}
-    for name in ("from text", "from true embeddings"):
+    for name in args.sources:
         images = []
         for start in tqdm(range(0, len(data.captions), BATCH_SIZE), desc=name):
             window = slice(start, start + BATCH_SIZE)
             seeds = range(len(data.captions))[window]
-            photos = data.photos[window] if name == "from true embeddings" else None
+            photos = data.photos[window] if name == "true embeddings" else None
             images.append(pipeline.sample(data.captions[window], seeds, options, photos).image)
         images = torch.cat(images)
-        save_jpeg(arrange(images[:48]), run / f"{name.replace(' ', '_')}.jpg")
+        save_jpeg(arrange(images[:48]), run / f"from_{name.replace(' ', '_')}.jpg")
         features = judge.embed_images(images)
         scores = compute_fid_kid(real, features)
-        rows[name] = {"pairs": summarize(judge.compute_pairs(features, vectors)),
+        rows[f"from {name}"] = {"pairs": summarize(judge.compute_pairs(features, vectors)),
                       "KID": [scores["kid"], scores["kid_std"]],
                       "CMMD": list(compute_cmmd(F.normalize(features, dim=1),
                                                 F.normalize(real, dim=1)))}
