@@ -218,7 +218,8 @@ PRESETS = {
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", min_snr_gamma=0.0,
-                       crop_size=64, lowres_noise_max_level=300, lowres_noise_level=10, sample_timesteps=8,
+                       crop_size=64, lowres_noise_max_level=300, lowres_noise_level=10,
+                       sample_timesteps=8,
                        train=replace(_TOY_TRAIN, num_steps=1000, batch_size=16, lr=2e-3,
                                      ema_decay=0.999, validate_every=250))))),
     # one GPU of 12 GB
