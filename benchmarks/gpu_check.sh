@@ -1,12 +1,12 @@
 #!/bin/sh
 # Runs everything that only a GPU can show: the tests that need CUDA, the speed tables with a
 # profile, and a training on photographs with captions, which then renders held-out captions.
-# Hardware: one CUDA GPU with 24 GB or more (80 GB for the tables of preset base). Disk: 5 GB.
-# Time: MINUTES of training plus about 10. The results are written to OUT (output/gpu_check).
+# Hardware: one CUDA GPU with 24 GB or more (80 GB for the tables of preset base). Disk: 10 GB.
+# Time: MINUTES of training plus about 15. The results are written to OUT (output/gpu_check).
 #   DATA=data/flickr8k MINUTES=20 sh benchmarks/gpu_check.sh [tests] [speed] [training]
 # DATA is needed for the training: annotations/captions_{train,val}.json (COCO captions format), and
-# the pictures in train/ and val/, or all of them in images/. PRESET (small) is trained. BATCH (256)
-# is the batch size of CLIP and prior; the base stage takes half of it, the upsampler a quarter.
+# the pictures in train/ and val/, or all of them in images/. PRESET (small) is trained on VIEWS (4)
+# pictures of each photo.
 # VENV=/path names a ready environment: if it has the packages, nothing is installed.
 set -eu
 cd "$(dirname "$0")/.."
@@ -16,7 +16,6 @@ minutes=${MINUTES:-20}
 data=${DATA:-data/flickr8k}
 out=${OUT:-output/gpu_check}
 preset=${PRESET:-small}
-batch=${BATCH:-256}
 has() { "$PY" -c "import $1" 2>/dev/null; }
 has accelerate,dalle2_pytorch,matplotlib,open_clip,pycocotools,simplejpeg,scipy,tensorboard ||
     need requirements.txt
@@ -38,10 +37,11 @@ run_tests() {
 }
 
 run_speed() {
-    for flag in "" --compile; do
-        # shellcheck disable=SC2086  # an empty flag is no argument
-        keep "train_speed$flag.md" "$PY" -m benchmarks.train_speed --preset base --batch_size 32 \
-            $flag --profile --json "$out/train_speed$flag.json"
+    for flags in "" --channels_last --compile "--channels_last --compile"; do
+        name=train_speed$(echo "$flags" | tr -d " ")
+        # shellcheck disable=SC2086  # the flags are several arguments, or none
+        keep "$name.md" "$PY" -m benchmarks.train_speed --preset base --batch_size 128 \
+            --variants stock ours $flags --profile --json "$out/$name.json"
     done
     keep sample_speed.md "$PY" -m benchmarks.sample_speed --preset base --batch_size 16
 }
@@ -69,18 +69,19 @@ print(max(100, int(rows[-1]['samples_per_sec'] / batch * 60 * $minutes * $share 
 }
 
 run_training() {
-    set -- --preset "$preset" --store_dir "$out/store" --num_val_images 256 --log_with none \
+    set -- --preset "$preset" --num_views "${VIEWS:-4}" --store_dir "$out/store" \
+        --num_val_images 512 --log_with none \
         --train_img_path "$(images train)" --val_img_path "$(images val)" \
         --train_annot_path "$data/annotations/captions_train.json" \
         --val_annot_path "$data/annotations/captions_val.json" \
-        --save_every 1000000 --validate_every 500
+        --save_every 1000000
     clip="--clip_pretrained $out/clip/clip.safetensors"
     # shellcheck disable=SC2086  # $clip is a flag and its value
     {
-        train clip 15 train_clip.py "$@" --batch_size "$batch"
-        train prior 15 train_prior.py "$@" $clip --batch_size "$batch"
-        train decoder 50 train_decoder.py "$@" $clip --unet_number 1 --batch_size $((batch / 2))
-        train decoder 20 train_decoder.py "$@" $clip --unet_number 2 --batch_size $((batch / 4))
+        train clip 15 train_clip.py "$@" --validate_every 100
+        train prior 10 train_prior.py "$@" $clip --validate_every 250
+        train decoder 60 train_decoder.py "$@" $clip --unet_number 1 --validate_every 250
+        train decoder 15 train_decoder.py "$@" $clip --unet_number 2 --validate_every 250
     }
     # the first 64 held-out captions
     "$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 64 \

@@ -64,6 +64,7 @@ def parse_args():
                         + ")")
     parser.add_argument("--rounds", type=cli.at_least(1), default=5)
     parser.add_argument("--compile", action="store_true", help="use torch.compile in (c)")
+    parser.add_argument("--channels_last", action="store_true", help="in (c)")
     parser.add_argument("--profile", action="store_true",
                         help="print the operations in which (c) spends the most time")
     parser.add_argument("--json", help="write the figures to this file as well")
@@ -113,7 +114,8 @@ def build_steps(args, name, batch_size, device, clip):
                                                                 max_text_len=77)
         steps["(b) stock"] = build_stock_step(name, preset, batch_size, device)
     if "ours" in args.variants:
-        steps["(c) ours"] = build_our_step(name, preset, batch_size, device, args.compile)
+        steps["(c) ours"] = build_our_step(name, preset, batch_size, device,
+                                            compile=args.compile, channels_last=args.channels_last)
     return steps
 
 
@@ -154,7 +156,7 @@ def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=N
             lambda: trainer.update(unet_number=number))
 
 
-def build_our_step(name, preset, batch_size, device, use_compile):
+def build_our_step(name, preset, batch_size, device, **options):
     AcceleratorState._reset_state()
     accelerator = cli.build_accelerator("auto")
     image_embed = torch.randn(batch_size, EMBED_DIM)
@@ -172,7 +174,7 @@ def build_our_step(name, preset, batch_size, device, use_compile):
         batch |= {"image_embed": image_embed} if number == 1 else {
             "lowres_cond_img": draw_pictures(batch_size, task.lowres_size),
             "corner": torch.zeros(batch_size, 2, dtype=torch.long)}
-    train = replace(config.train, batch_size=batch_size, compile=use_compile, snapshot_every=0)
+    train = replace(config.train, batch_size=batch_size, snapshot_every=0, **options)
     state = TrainState(module, train, accelerator)
     return (lambda: state.compute_gradients(0, batch, task.loss),
             lambda: state.update_weights(1, lr_factor=1.0))
