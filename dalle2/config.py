@@ -171,9 +171,9 @@ _BASE_CLIP = ClipConfig(
 _TOY_CLIP = ClipConfig(
     embed_dim=128, image_size=48, vision_width=16, vision_layers=(1, 1, 1, 1), text_layers=2,
     text_heads=4, context_length=26, logit_scale=10.0,
-    train=TrainConfig(num_steps=130, batch_size=256, lr=3e-3, muon_lr=0.02, warmup_steps=30,
-                      weight_decay=0.05, adam_beta2=0.98, ema_decay=0.97, save_every=65,
-                      validate_every=65))
+    train=TrainConfig(num_steps=200, batch_size=256, lr=3e-3, muon_lr=0.02, warmup_steps=30,
+                      weight_decay=0.05, adam_beta2=0.98, ema_decay=0.97, save_every=100,
+                      validate_every=100))
 
 _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, muon_lr=0.02, warmup_steps=50,
                          weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
@@ -184,21 +184,21 @@ PRESETS = {
     "toy": Preset(
         clip=_TOY_CLIP,
         prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26,
-                          train=replace(_TOY_TRAIN, num_steps=190, batch_size=128)),
+                          train=replace(_TOY_TRAIN, num_steps=400, batch_size=128)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        cond_dim=64, num_image_tokens=8,
                        objective="x_start", beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=5, cond_scale=1.5,
-                       train=replace(_TOY_TRAIN, num_steps=1200, batch_size=32, lr=2e-3,
+                       train=replace(_TOY_TRAIN, num_steps=2000, batch_size=32, lr=2e-3,
                                      muon_lr=0.015)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
-                       objective="x_start", min_snr_gamma=0.0,
-                       crop_size=64, lowres_noise_max_level=300, lowres_noise_level=50,
-                       sample_timesteps=2,
-                       train=replace(_TOY_TRAIN, num_steps=200, batch_size=16, lr=2e-3))))),
+                       objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,
+                       crop_size=64, lowres_noise_max_level=50, lowres_noise_level=5,
+                       sample_timesteps=1,
+                       train=replace(_TOY_TRAIN, num_steps=500, batch_size=16, lr=2e-3))))),
     # two CPU cores, hours: 64 -> 256 px on some thousand photographs
     "photo": Preset(
         clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=14.0,
