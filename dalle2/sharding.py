@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dalle2.errors import UserError
-
-OLDEST_ON_CPU = 2, 11
+# on a CPU torch 2.6 cannot shard, and 2.7 and 2.8 halve the gradients of two processes
+CAN_SHARD_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 # every process takes its own share of what it has whole; torch 2.6 sends the first process's round
 TAKE_OWN = {"src_data_rank": None} if "src_data_rank" in inspect.signature(
     distribute_tensor).parameters else {}
@@ -24,11 +23,7 @@ TAKE_OWN = {"src_data_rank": None} if "src_data_rank" in inspect.signature(
 def shard(module, blocks, device):
     """Shards the parameters of `module` on `device` among all processes, in place. `blocks`,
     parts of it that are called as a whole, are gathered when they are computed, the rest when the
-    module is. UserError on a CPU with a torch that cannot, or divides gradients twice there."""
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if device.type == "cpu" and version < OLDEST_ON_CPU:
-        raise UserError(f"on a CPU needs torch {'.'.join(map(str, OLDEST_ON_CPU))}, "
-                        f"this is {torch.__version__}", "fsdp")
+    module is."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*blocks, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)

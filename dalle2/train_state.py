@@ -12,6 +12,7 @@ from dalle2.errors import UserError
 from dalle2.optimizer import build_optimizers
 from dalle2.rng import BatchRandom
 from dalle2.sharding import (
+    CAN_SHARD_ON_CPU,
     gather,
     gather_state,
     holds_anywhere,
@@ -38,6 +39,8 @@ class TrainState:
         if config.compile:
             module.compile()
         if self.is_shared:
+            if accelerator.device.type == "cpu" and not CAN_SHARD_ON_CPU:
+                raise UserError(f"needs torch 2.11 on a CPU, this is {torch.__version__}", "fsdp")
             for network in (module, self.average):
                 shard(network, list_blocks(network), accelerator.device)
         # evaluation_mode: without DDP, which FSDP stands in for
