@@ -30,9 +30,10 @@ from benchmarks.common import (
     time_in_turns,
 )
 from dalle2 import cli
+from dalle2.captions import load_captions
 from dalle2.clip import FrozenClip
 from dalle2.config import PRESETS
-from dalle2.data import Store, load_captions
+from dalle2.data import Store
 from dalle2.images import load_image
 from dalle2.prepare import prepare_store
 

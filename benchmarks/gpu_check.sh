@@ -56,7 +56,8 @@ train() {
     name=$1 share=$2 script=$3
     shift 3
     rm -rf "$out/pace"
-    "$PY" "$script" "$@" --num_steps 40 --val_annot_path "" --output_dir "$out/pace"
+    "$PY" "$script" "$@" --num_steps 40 --val_annot_path "" --val_img_path "" \
+        --output_dir "$out/pace"
     steps=$("$PY" -c "
 import glob, json
 rows = [json.loads(line) for path in glob.glob('$out/pace/**/metrics.jsonl', recursive=True)

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dalle2 import cli
+from dalle2.captions import load_captions
 from dalle2.clip import load_clip
-from dalle2.data import load_captions
 from dalle2.diffusion import build_diffusion
 from dalle2.errors import UserError
 from dalle2.files import replace_file

@@ -20,6 +20,7 @@ from dalle2.config import (
 from dalle2.errors import UserError, rename_argument
 
 DATA_DIR, STORE_DIR = "data/coco", "data/prepared"
+VAL_IMG_PATH = f"{DATA_DIR}/val2014"
 SIZES = "image_size", "dim", "dim_mults", "crop_size"  # in which the stages of a decoder differ
 
 
@@ -68,10 +69,12 @@ def run(main):
 def add_data_flags(parser):
     data = parser.add_argument_group("data")
     data.add_argument("--train_img_path", default=f"{DATA_DIR}/train2014", help="picture folder")
-    data.add_argument("--train_annot_path", help="COCO captions file",
+    data.add_argument("--train_annot_path", help="COCO captions file; an empty string: the "
+                      "captions are with the pictures (docs/data.md)",
                       default=f"{DATA_DIR}/annotations/captions_train2014.json")
-    data.add_argument("--val_img_path", default=f"{DATA_DIR}/val2014", help="picture folder")
-    data.add_argument("--val_annot_path", help="COCO captions file; an empty string: no validation",
+    data.add_argument("--val_img_path", default=VAL_IMG_PATH, help="picture folder")
+    data.add_argument("--val_annot_path", help="COCO captions file; an empty string: the captions "
+                      "are with the pictures that --val_img_path names, or no validation",
                       default=f"{DATA_DIR}/annotations/captions_val2014.json")
     data.add_argument("--num_val_images", type=at_least(1), default=512,
                       help="pictures to validate on, the first ones of the file")
@@ -189,22 +192,28 @@ def print_plan(title, config, origins, module, pictures):
             print(f"  {name}: {value} ({origins.get(name, 'preset')})")
 
 
+def list_splits(args):
+    """[(split, captions file or "", picture folder)] of what the flags name: train, and val unless
+    it is switched off."""
+    splits = [(split, getattr(args, f"{split}_annot_path"), getattr(args, f"{split}_img_path"))
+              for split in ("train", "val")]
+    validates = args.val_annot_path or args.val_img_path not in ("", VAL_IMG_PATH)
+    return splits if validates else splits[:1]
+
+
 def check_data(args):
     """Raises UserError where the data that the flags name does not exist; reads nothing large."""
-    for split in ("train", "val"):
-        annot, images = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
-        if split == "val" and not annot:
-            continue
+    for split, annot, images in list_splits(args):
         if not os.path.isdir(images):
             raise UserError(f"no such folder: {images} (python data/coco_download.py fetches COCO)",
                             f"{split}_img_path")
-        if not os.path.isfile(annot):
+        if annot and not os.path.isfile(annot):
             raise UserError(f"no such file: {annot}", f"{split}_annot_path")
 
 
 def count_pictures(args):
     """Captioned pictures to train on."""
-    from dalle2.data import load_captions
+    from dalle2.captions import load_captions
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         return len(load_captions(args.train_annot_path, args.train_img_path))
 
@@ -213,15 +222,13 @@ def open_stores(args, clip=None, **options):
     """(train Store, val Store or None), prepared now if they do not exist; `options` are those of
     prepare_store."""
     from dalle2.prepare import prepare_store
-    stores = [None, None]
-    train, val = {"num_views": args.num_views}, {"max_images": args.num_val_images}
-    for number, (split, own) in enumerate((("train", train), ("val", val))):
-        annot, images = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
-        if split == "train" or annot:
-            with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
-                stores[number] = prepare_store(images, annot, args.store_dir, clip=clip, **own,
-                                               **options)
-    return stores
+    stores = {"train": None, "val": None}
+    own = {"train": {"num_views": args.num_views}, "val": {"max_images": args.num_val_images}}
+    for split, annot, images in list_splits(args):
+        with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
+            stores[split] = prepare_store(images, annot, args.store_dir, clip=clip, **own[split],
+                                          **options)
+    return stores["train"], stores["val"]
 
 
 def load_clip(args):

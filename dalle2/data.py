@@ -1,70 +1,23 @@
-"""COCO captions, and the prepared store that training reads.
+"""The prepared store that training reads.
 
-`dalle2.prepare` makes a store; training and sampling read it here through memory maps. The only
-file that imports pycocotools.
+`dalle2.prepare` makes a store; training and sampling read it here through memory maps.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
 
-from dalle2.errors import UserError
 from dalle2.files import build_once, read_source
 from dalle2.images import STORE_IMAGE_SIZE, cut_jpeg, decode_jpeg, resize
 from dalle2.rng import derive_seed
 
 CROPS_AT_A_TIME = 8  # that a thread decodes
-
-
-@dataclass(frozen=True)
-class CaptionedImage:
-    image_id: int
-    path: str
-    captions: tuple[str, ...]
-
-
-def load_captions(annot_path, img_path, max_images=None):
-    """list of CaptionedImage of a COCO captions file, in the order of image ids.
-
-    Pictures without a caption are left out. Raises UserError where file or folder is absent or
-    holds something else.
-    """
-    if not os.path.isdir(img_path):
-        raise UserError(f"no such folder: {img_path}", "img_path")
-    if not os.path.isfile(annot_path):
-        raise UserError(f"no such file: {annot_path}", "annot_path")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(annot_path)
-        records = [CaptionedImage(image_id,
-                                  os.path.join(img_path, coco.imgs[image_id]["file_name"]),
-                                  tuple(c for a in coco.imgToAnns[image_id]
-                                        if (c := a["caption"].strip())))
-                   for image_id in sorted(coco.imgs)]
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{annot_path} is not a COCO captions file "
-                        f"({type(error).__name__}: {error})", "annot_path") from error
-    records = [record for record in records if record.captions][:max_images]
-    if not records:
-        raise UserError(f"{annot_path} holds no captioned image", "annot_path")
-    if not any(os.path.isfile(record.path) for record in records[:100]):
-        raise UserError(f"{img_path} holds none of the first pictures that {annot_path} names, "
-                        f"such as {os.path.basename(records[0].path)}", "img_path")
-    return records
-
-
-# ----------------------------------------------------------------------------------------------
-# reading
 
 
 class Store:
@@ -163,7 +116,7 @@ class JpegImages:
     def __init__(self, stream, start):
         self.stream, self.start = stream, start
         self.shape = (len(start) - 1, 3, STORE_IMAGE_SIZE, STORE_IMAGE_SIZE)
-        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
+        self.pool = ThreadPoolExecutor(count_cores(), "decode")
 
     def __len__(self):
         return self.shape[0]
@@ -191,6 +144,11 @@ class JpegImages:
 
     def _read(self, index):
         return self.stream[self.start[index]:self.start[index + 1]].tobytes()
+
+
+def count_cores():
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def load_pictures(store, size, device):

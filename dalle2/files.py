@@ -1,12 +1,13 @@
 """Files that a process killed at any moment leaves whole: renamed into place, or grown by steps."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def replace_file(path, write):
@@ -56,16 +57,19 @@ def hold_lock(path, message):
     """Holds the lock file `path`, which dying gives back. Where another process holds it: prints
     `message` and waits, or raises it at once if it is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if isinstance(message, Exception):
-                raise message from None
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                print(message, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if isinstance(message, Exception):
+            raise message from None
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(message, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def read_source(folder):

@@ -19,7 +19,8 @@ import torch
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from dalle2.data import Store, find_image_format, load_captions
+from dalle2.captions import compute_captions_digest, load_captions
+from dalle2.data import Store, count_cores, find_image_format
 from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once
 from dalle2.images import STORE_IMAGE_SIZE, cut_view, encode_jpeg, read_pixels, resize_and_crop
@@ -41,11 +42,11 @@ def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None
     records = load_captions(annot_path, img_path, max_images)
     name = os.path.basename(os.path.normpath(img_path))
     source = {"img_path": os.path.abspath(img_path), "max_images": max_images,
-              "annotations": hashlib.sha256(Path(annot_path).read_bytes()).hexdigest(),
+              "annotations": compute_captions_digest(annot_path, img_path),
               "image_size": STORE_IMAGE_SIZE} | ({"num_views": num_views} if num_views > 1 else {})
     key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     folder = Path(store_dir) / f"{name}-{key}"
-    num_workers = num_workers or len(os.sched_getaffinity(0))
+    num_workers = num_workers or count_cores()
     build_once(folder / "images", source, lambda part: prepare_images(
         records, part, num_views=num_views, num_workers=num_workers, image_format=image_format,
         strict=strict, progress=progress))

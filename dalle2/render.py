@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from dalle2.captions import load_captions
 from dalle2.cli import add_precision_flag, at_least
-from dalle2.data import load_captions
 from dalle2.errors import UserError, rename_argument
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
@@ -48,7 +48,8 @@ class Job:
 def add_caption_flags(parser):
     """The flags that `list_captions` and `list_jobs` read."""
     group = parser.add_argument_group("what to render")
-    group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered")
+    group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered; "
+                       "an empty string: the captions are with the pictures")
     group.add_argument("--test_img_path", help="its pictures, for the gallery; needed by "
                        "--init_from_true_embedding")
     group.add_argument("--prompt", action="append", help="render this; may be repeated")
@@ -98,9 +99,9 @@ def list_captions(args):
     captions = [(prompt, None, None) for prompt in list_prompts(args.prompt, args.prompt_file)]
     for given, needed in (("test_annot_path", "test_img_path"),
                           ("test_img_path", "test_annot_path")):
-        if getattr(args, given) and not getattr(args, needed):
+        if getattr(args, given) is not None and getattr(args, needed) is None:
             raise UserError(f"needed with --{given}", needed)
-    if args.test_annot_path:
+    if args.test_img_path is not None:
         captions += list_coco_captions(args.test_annot_path, args.test_img_path, args.num_images)
     if not captions:
         raise UserError("nothing to render; give --prompt, --prompt_file or "

@@ -1,14 +1,16 @@
-"""Photos made square, COCO's captions, and the reading side of the prepared store."""
+"""Photos made square, captions in each form, and the reading side of the prepared store."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dalle2.captions import load_captions
 from dalle2.clip import load_clip
-from dalle2.data import Store, draw_indexes, load_captions, read_crops
+from dalle2.data import Store, draw_indexes, read_crops
 from dalle2.errors import UserError
 from dalle2.images import cut_jpeg, decode_jpeg, encode_jpeg, load_image, resize, resize_and_crop
 from dalle2.prepare import prepare_store
@@ -154,3 +156,61 @@ def test_bad_annotations_are_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_captions(str(path), str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with three pictures, one of them in a subfolder."""
+    (tmp_path / "b").mkdir()
+    for name in ("a.jpg", "b/c.png", "d.webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def list_found(folder):
+    return [(r.image_id, str(Path(r.path).relative_to(folder)), r.captions)
+            for r in load_captions("", str(folder))]
+
+
+def test_captions_in_text_files_beside_the_pictures(photos):
+    (photos / "a.txt").write_text("a dog\n\n a cat \n")
+    (photos / "b" / "c.txt").write_text("ein Hund im Grünen", encoding="utf-8")
+    assert list_found(photos) == [(0, "a.jpg", ("a dog", "a cat")),
+                                  (1, "b/c.png", ("ein Hund im Grünen",))]
+    (photos / "d.txt").write_bytes("Grün".encode("latin-1"))
+    with pytest.raises(UserError, match=r"img_path: .*d\.txt is not UTF-8"):
+        load_captions("", str(photos))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("metadata.jsonl", '{"file_name": "b/c.png", "text": ["x", "y"]}\n\n'
+                       '{"file_name": "a.jpg", "caption": "p"}\n'
+                       '{"file_name": "a.jpg", "caption": "q"}\n'),
+    ("metadata.csv", 'file_name,text,size\nb/c.png,x,1\nb/c.png,y,1\na.jpg,p,2\na.jpg,q,2\n')])
+def test_captions_in_a_metadata_file(photos, name, content):
+    (photos / name).write_text(content)
+    assert list_found(photos) == [(0, "b/c.png", ("x", "y")), (1, "a.jpg", ("p", "q"))]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("metadata.jsonl", '{"file_name": "a.jpg", "text": "x"}\n{"file_name": "a', "metadata.jsonl: "),
+    ("metadata.jsonl", '{"file_name": "a.jpg"}', "row 1 has no file_name with text or caption"),
+    ("metadata.jsonl", "[1]", "metadata.jsonl: "),
+    ("metadata.csv", "file,text\na.jpg,x\n", "row 1 has no file_name"),
+    ("metadata.jsonl", '{"file_name": "../a.jpg", "text": "x"}', "leads out of the folder"),
+    ("metadata.jsonl", '{"file_name": "a.jpg", "text": "%s"}' % ("x " * 60_000), "100000 char"),
+    ("metadata.jsonl", '{"file_name": "no.jpg", "text": "x"}', "holds none of the first pictures"),
+    ("other.txt", "x", "annot_path: .* holds neither metadata.jsonl nor metadata.csv nor")])
+def test_what_is_wrong_with_a_folder_of_captions_is_named(photos, name, content, message):
+    (photos / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_captions("", str(photos))
+
+
+def test_a_store_of_a_folder_with_its_captions_follows_them(photos, tmp_path):
+    (photos / "a.txt").write_text("a dog")
+    first = prepare_store(photos, "", tmp_path / "store", progress=False)
+    (photos / "d.txt").write_text("a cat")
+    second = prepare_store(photos, "", tmp_path / "store", progress=False)
+    assert first.captions == [["a dog"]]
+    assert len(second) == 2 and second.folder != first.folder

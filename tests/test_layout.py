@@ -4,16 +4,19 @@ import ast
 import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
     {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise", "sharding", "validation"},
-    {"config", "files", "logger", "optimizer", "processes"},
+    {"captions", "config", "files", "logger", "optimizer", "processes"},
     {"checkpoint", "plots", "gallery", "data"},
     {"ema", "clip", "models", "sampling", "prepare"},
     {"run_folder", "train_state", "pipeline", "cli"}, {"train_loop", "tasks", "render"})
-ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "data", "dalle2_pytorch": "fast_modules",
+ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "captions", "dalle2_pytorch": "fast_modules",
                 "gradio": "app"}
 
 
@@ -87,3 +90,24 @@ def test_nothing_holds_an_absolute_path_or_an_unsafe_load():
         assert not re.search(r"[\"'](/home|/root|/Users|/mnt|C:\\\\)", text), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call and "map_location" in call, path
+
+
+@pytest.mark.slow
+def test_the_package_needs_no_fcntl_and_no_affinity(tmp_path):
+    """As on Windows and macOS: modules, the lock of a run folder, the count of cores."""
+    subprocess.run([sys.executable, "-c", """
+import os, sys
+from pathlib import Path
+
+import pytest
+sys.modules["fcntl"] = None
+del os.sched_getaffinity
+for path in Path("dalle2").rglob("[a-z]*.py"):
+    if path.stem != "app":
+        __import__(".".join(path.with_suffix("").parts))
+from dalle2.data import count_cores
+from dalle2.files import hold_lock
+assert count_cores() == os.cpu_count()
+with hold_lock(Path(sys.argv[1]) / ".lock", ""):
+    pass
+""", tmp_path], cwd=ROOT, check=True)

@@ -15,14 +15,16 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from PIL import Image, ImageDraw
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2 import cli
+from dalle2.captions import load_captions
 from dalle2.config import PRESETS
-from dalle2.data import load_captions
+from dalle2.data import count_cores
 from dalle2.errors import UserError, rename_argument
 from dalle2.images import STORE_IMAGE_SIZE, load_image
 from dalle2.models import build_prior, build_unet
@@ -91,12 +93,11 @@ def main():
 
 def check_captions(args, report):
     """Reports the counts of both splits. Returns the captioned images of the train split."""
-    for split in ("val", "train"):
-        annot_path, img_path = (getattr(args, f"{split}_{kind}_path") for kind in ("annot", "img"))
-        if split == "val" and not annot_path:
-            report.warning("no validation data, so over-training cannot be seen: give "
-                           "--val_annot_path")
-            continue
+    splits = cli.list_splits(args)
+    if len(splits) == 1:
+        report.warning("no validation data, so over-training cannot be seen: give "
+                       "--val_annot_path")
+    for split, annot_path, img_path in reversed(splits):
         with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
             records = load_captions(annot_path, img_path)
         counts = [len(record.captions) for record in records]
@@ -209,13 +210,13 @@ def check_machine(args, records, clip, report):
                  f"and about {embeddings:.1f} GB of embeddings, {free:.0f} GB are free at {folder}",
                  f"coco_prepare.py --image_format jpeg takes {jpeg:.1f} GB for the pictures; or "
                  "another --store_dir")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    memory = psutil.virtual_memory().total / 1e9
     report.check(memory > 7, f"memory: {memory:.0f} GB", "8 GB are needed")
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         report.ok(f"{torch.cuda.device_count()} x {found.name}, {found.total_memory / 1e9:.0f} GB")
     else:
-        report.warning(f"no GPU, {len(os.sched_getaffinity(0))} CPU cores: --preset toy is made "
+        report.warning(f"no GPU, {count_cores()} CPU cores: --preset toy is made "
                        "for that")
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from dalle2 import cli
+from dalle2.captions import compute_captions_digest
 from dalle2.errors import UserError
-from dalle2.files import compute_digest, hold_lock, replace_file
+from dalle2.files import hold_lock, replace_file
 from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 from dalle2.processes import join_processes, share_errors
 from dalle2.render import Job, list_coco_captions, render_jobs
@@ -181,7 +182,7 @@ def list_jobs(captions, seed, samples_for_diversity):
 def list_runs(args, pipeline):
     """[(folder, settings, options)] to render: one, or with --sweep every point of the grid.
     settings: all that a picture depends on; options: what Pipeline.resolve_options returns."""
-    annotations = compute_digest(args.test_annot_path)
+    annotations = compute_captions_digest(args.test_annot_path, args.test_img_path)[:16]
     steps = [[n] for n in args.sample_timesteps] if args.sweep and args.sample_timesteps \
         else [args.sample_timesteps]
     runs = {}

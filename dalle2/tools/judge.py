@@ -1,6 +1,5 @@
 """Embeds pictures and captions to score them: by CLIP and, if it can be loaded, by Inception."""
 
-import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +10,9 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from dalle2.captions import load_captions
 from dalle2.clip import FrozenClip, load_clip
-from dalle2.data import load_captions
+from dalle2.data import count_cores
 from dalle2.errors import UserError, rename_argument
 from dalle2.images import load_image
 from dalle2.prepare import prepare_store
@@ -37,7 +37,7 @@ class Judge:
         state = join_processes()
         parts = split(range(len(paths)), EMBED_BATCH_SIZE)[state.process_index::state.num_processes]
         batches = []  # (rows, embed, features) each
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, \
+        with ThreadPoolExecutor(count_cores()) as pool, \
                 tqdm(total=sum(map(len, parts)), desc=f"embedding {name}", unit=" pictures",
                      disable=not state.is_main_process,
                      mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
