@@ -2,7 +2,8 @@
 #   VENV=/path         use this environment and create it if it does not exist; if VENV is not set:
 #                      .venv, or the active environment if it has the packages and .venv is missing
 #   PYTHON=python3.12  the interpreter for creating a new environment
-# `need FILE...` installs requirements files that have changed since they were last installed.
+# `need FILE...` installs requirements files that have changed since they were last installed; where
+# that fails, with the versions of constraints.txt.
 set -eu
 
 if [ -z "${VENV:-}" ]; then
@@ -27,7 +28,8 @@ need() {
     for requirements in "$@"; do
         stamp=$VENV/.installed-$(basename "$requirements" .txt)
         if ! cmp -s "$requirements" "$stamp"; then
-            "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
+            set -- "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
+            "$@" || "$@" -c constraints.txt
             cp "$requirements" "$stamp"
         fi
     done
