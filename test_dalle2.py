@@ -33,7 +33,7 @@ def parse_args():
     output.add_argument("--store_dir", default=cli.STORE_DIR, help="prepared store of the "
                         "training pictures")
     args = parser.parse_args()
-    if bool(args.train_img_path) != bool(args.train_annot_path):
+    if (args.train_img_path is None) != (args.train_annot_path is None):
         raise UserError("give it together with --train_annot_path", "train_img_path")
     return args
 

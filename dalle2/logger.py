@@ -1,5 +1,5 @@
 """`metrics.jsonl`, one JSON object a line, none doubled and none missing after a resume; and the
-same numbers to TensorBoard or Weights & Biases."""
+same numbers, with the sample pictures, to TensorBoard or Weights & Biases."""
 
 import json
 import math
@@ -18,7 +18,8 @@ class MetricsLog:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         self.path.write_text("".join(line + "\n" for line in kept))
-        self.send, self.close = _open_tracker(log_with, Path(run_dir), step, config)
+        self.send, self.send_picture, self.close = _open_tracker(log_with, Path(run_dir), step,
+                                                                 config)
 
     def write(self, rows):
         """rows: list of dicts, each with its `step`. A number that is not finite becomes null."""
@@ -38,7 +39,8 @@ class MetricsLog:
 
 
 def _open_tracker(log_with, run_dir, step, config):
-    """(send(values, step), close()) of the tracker `log_with`."""
+    """(send(values, step), send_picture(picture, step), close()) of the tracker `log_with`; picture
+    (3, H, W) in [0, 1]."""
     if log_with == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
@@ -46,7 +48,7 @@ def _open_tracker(log_with, run_dir, step, config):
         def send(values, step):
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
-        return send, writer.close
+        return send, lambda picture, step: writer.add_image("samples", picture, step), writer.close
     if log_with == "wandb":
         try:
             import wandb
@@ -54,8 +56,11 @@ def _open_tracker(log_with, run_dir, step, config):
             raise UserError("wandb is not installed (pip install wandb)", "log_with") from error
         run = wandb.init(project="dalle2", name=str(run_dir), dir=run_dir, config=config,
                          id="-".join(run_dir.absolute().parts[1:])[-120:], resume="allow")
-        return (lambda values, step: run.log(values, step=step)), run.finish
-    return (lambda values, step: None), (lambda: None)
+
+        def send(values, step):
+            run.log(values, step=step)
+        return send, lambda picture, step: send({"samples": wandb.Image(picture)}, step), run.finish
+    return (lambda values, step: None), (lambda picture, step: None), (lambda: None)
 
 
 def _step_of(line):

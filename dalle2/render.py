@@ -276,7 +276,7 @@ def find_nearest(args, clip, output_dir, entries):
     """[(picture (3, 256, 256) uint8, cosine)]: the training picture whose CLIP embedding is nearest
     to that of each rendered one; empty where --train_annot_path is not given. Puts file and cosine
     into the entries."""
-    if not args.train_annot_path:
+    if args.train_annot_path is None:
         return []
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, clip=clip)

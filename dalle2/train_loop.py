@@ -24,7 +24,7 @@ from dalle2.sharding import broadcast_state, holds_anywhere
 from dalle2.train_state import TrainState, count_rows, explain_memory
 
 LOG_EVERY = 25
-SHOWN = "loss", "val_loss", "val_cosine", "recall@1"  # beside the progress bar
+SHOWN = "loss", "val_loss", "val_cosine", "recall@1", "gpu_gb"  # beside the progress bar
 MAX_BAD_STEPS = 20     # in a row without a finite gradient; fp16 needs a few to find its scale
 BATCHES_AHEAD = 3      # that are drawn while the device computes
 TRIAL_STEPS = 2        # in which several processes find out whether their rows fit into memory
@@ -274,6 +274,8 @@ def collect_metrics(pending, since, accelerator, batch_size):
     losses = torch.stack([loss for _, _, loss, _ in pending]).float()
     losses = accelerator.reduce(losses, "mean").tolist()
     rate = len(pending) * batch_size / (time.monotonic() - since)  # the line above has waited
+    memory = {"gpu_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} \
+        if accelerator.device.type == "cuda" else {}
     return [{"step": step, "samples_seen": step * batch_size, "loss": loss, "lr": lr,
-             "grad_norm": float(norm), "samples_per_sec": round(rate, 1)}
+             "grad_norm": float(norm), "samples_per_sec": round(rate, 1), **memory}
             for (step, lr, _, norm), loss in zip(pending, losses)]

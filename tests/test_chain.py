@@ -66,7 +66,7 @@ def render(chain, folder, *flags, processes=1):
 
 def test_captions_of_a_coco_file_are_rendered(chain, toy, tmp_path):
     render(chain, tmp_path, "--test_img_path", toy / "val", "--test_annot_path",
-           toy / "captions_val.json", "--num_images", 3, "--lowres_noise_level", 300,
+           toy / "captions_val.json", "--num_images", 3, "--lowres_noise_level", 30,
            "--num_candidates", 3)
     captions = {(c["image_id"], c["caption"]) for c in json.loads(
         (toy / "captions_val.json").read_text())["annotations"]}
@@ -77,7 +77,7 @@ def test_captions_of_a_coco_file_are_rendered(chain, toy, tmp_path):
     columns = toy_coco.judge_manifests([tmp_path / "manifest.json"], toy / "captions_val.json")
     assert {"chance", tmp_path.name} == set(columns)
     settings = json.loads((tmp_path / "manifest.json").read_text())["settings"]
-    assert settings["lowres_noise_level"] == [300] and settings["num_candidates"] == 3
+    assert settings["lowres_noise_level"] == [30] and settings["num_candidates"] == 3
     assert settings["sample_timesteps"] == [2, 2, 2]
 
 

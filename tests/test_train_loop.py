@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import run_in_two_processes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
@@ -162,8 +163,11 @@ def test_metrics_of_a_run_that_was_cut_off_are_dropped(tmp_path):
     path.write_text(json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + '\n{"ste')
     with MetricsLog(tmp_path, step=1, log_with="tensorboard") as log:
         log.write([{"step": 2, "loss": 3.0, "grad_norm": float("nan")}])
+        log.send_picture(torch.zeros(3, 8, 12), 2)
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 3.0, "grad_norm": None}]
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("loss")[0].value == 3 and "grad_norm" not in events.scalars.Keys()
+    assert (events.Images("samples")[0].width, events.Images("samples")[0].step) == (12, 2)
 
 
 # ----------------------------------------------------------------------------------------------
