@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import torch
 
 from dalle2.clip import FrozenClip, load_clip
@@ -22,6 +23,8 @@ from dalle2.sampling import Prior, SampleOptions, Stage, build_stages, sample_im
 def add_checkpoint_flags(parser):
     """The flags that `load_pipeline` reads."""
     group = parser.add_argument_group("checkpoints")
+    group.add_argument("--model", help="a folder that dalle2.tools.publish made, or a model's name "
+                       "on the Hugging Face hub, in place of the files below")
     group.add_argument("--prior_ckpt", default="output/prior/prior.safetensors",
                        help="what train_prior.py exported")
     group.add_argument("--decoder_ckpt", default="output/decoder/decoder.safetensors",
@@ -52,6 +55,7 @@ class Pipeline:
     stages: list[Stage]     # of the decoder, first stage first
     header: dict            # of the prior's export
     files: dict             # {"prior": path, "decoder": path}
+    clip_path: str = ""     # of the CLIP where it is a file
     precision: str = "no"   # or "bf16", "fp16": what use_precision stands for
 
     @contextlib.contextmanager
@@ -135,6 +139,10 @@ def load_pipeline(args, device, precision="no"):
     Raises UserError, naming the flag, where a file is missing, is of another kind, or prior,
     decoder and CLIP do not belong together.
     """
+    if getattr(args, "model", None):
+        folder = find_model(args.model)
+        args.prior_ckpt, args.decoder_ckpt = (str(folder / f"{name}.safetensors")
+                                              for name in ("prior", "decoder"))
     with rename_argument(path="prior_ckpt"):
         prior, prior_config, header = load_prior(args.prior_ckpt)
     with rename_argument(path="decoder_ckpt"):
@@ -143,7 +151,7 @@ def load_pipeline(args, device, precision="no"):
     if missing:
         raise UserError(f"stage {missing[0]} is not trained yet: "
                         f"sh scripts/train_decoder.sh --unet_number {missing[0]}", "decoder_ckpt")
-    clip = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
+    clip, clip_path = load_matching_clip(args, header["clip"], decoder_header["clip"], device)
     for network in (prior, *unets.values()):
         network.to(device)
         if args.compile:
@@ -152,11 +160,23 @@ def load_pipeline(args, device, precision="no"):
         clip, in_groups(partial(embed_text, clip, prior_config.max_text_len), 1),
         in_groups(clip.embed_image, 1), Prior(prior, prior_config),
         build_stages(unets.values(), unet_configs.values()), header,
-        {"prior": args.prior_ckpt, "decoder": args.decoder_ckpt}, precision)
+        {"prior": args.prior_ckpt, "decoder": args.decoder_ckpt}, clip_path, precision)
+
+
+def find_model(model):
+    """The folder of --model, downloaded where it is the name of a model on the hub."""
+    if os.path.isdir(model):
+        return Path(model)
+    try:
+        return Path(huggingface_hub.snapshot_download(model))
+    except (OSError, ValueError) as error:  # huggingface_hub's own are among them
+        raise UserError(f"{model} is neither a folder nor a model that could be downloaded "
+                        f"({str(error).splitlines()[0]:.200})", "model") from error
 
 
 def load_matching_clip(args, recorded, decoder_recorded, device):
-    """The FrozenClip that both checkpoints were trained with; UserError where it is another."""
+    """(the FrozenClip that both checkpoints were trained with, its path if it is a file);
+    UserError where it is another."""
     if recorded["fingerprint"] != decoder_recorded["fingerprint"]:
         raise UserError("prior and decoder were trained with different CLIPs "
                         f"({recorded['clip_pretrained']} {recorded['fingerprint']}, "
@@ -172,7 +192,7 @@ def load_matching_clip(args, recorded, decoder_recorded, device):
         raise UserError(f"{pretrained} ({clip.fingerprint}) is not the CLIP that the "
                         f"checkpoints were trained with ({recorded['fingerprint']})",
                         "clip_pretrained")
-    return clip
+    return clip, pretrained if os.path.isfile(pretrained) else ""
 
 
 def embed_text(clip, max_text_len, text_tokens):

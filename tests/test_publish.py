@@ -1,0 +1,67 @@
+"""A trained model as one folder to share, and rendering from it."""
+
+import json
+import shutil
+
+import pytest
+from helpers import change_unets, write_checkpoints
+
+from dalle2.errors import UserError
+from dalle2.pipeline import find_model
+from dalle2.tools import publish
+
+
+@pytest.fixture(scope="module")
+def checkpoints(clip_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ckpt")
+    write_checkpoints(folder, clip_path, unets=change_unets({"dim": 8}, {"dim": 8}))
+    return folder
+
+
+@pytest.fixture
+def call_publish(monkeypatch, checkpoints):
+    def call(*flags):
+        monkeypatch.setattr("sys.argv", [
+            "publish", "--prior_ckpt", str(checkpoints / "prior.safetensors"), "--decoder_ckpt",
+            str(checkpoints / "decoder.safetensors"), *map(str, flags)])
+        publish.main()
+    return call
+
+
+def test_a_published_folder_renders_the_same_wherever_it_lies(checkpoints, call_publish, run_script,
+                                                              tmp_path):
+    flags = ["--prompt", "a red bus", "--sample_timesteps", 1]
+    assert run_script("test_dalle2.py", *flags, "--output_dir", tmp_path / "grid", "--prior_ckpt",
+                      checkpoints / "prior.safetensors", "--decoder_ckpt",
+                      checkpoints / "decoder.safetensors")[0] == 0
+    call_publish("--output_dir", tmp_path / "model", "--grid", tmp_path / "grid" / "grid.jpg")
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    assert {path.name for path in (tmp_path / "moved").iterdir()} == {
+        "README.md", "clip.safetensors", "decoder.safetensors", "grid.jpg", "prior.safetensors"}
+    code, _, error = run_script("test_dalle2.py", *flags, "--output_dir", tmp_path / "b", "--model",
+                                tmp_path / "moved")
+    assert code == 0, error
+    assert (tmp_path / "b" / "a red bus.jpg").read_bytes() == (
+        tmp_path / "grid" / "a red bus.jpg").read_bytes()
+    settings = json.loads((tmp_path / "b" / "manifest.json").read_text())["settings"]
+    assert settings["clip"]["clip_pretrained"] == "clip.safetensors"
+    card = (tmp_path / "moved" / "README.md").read_text()
+    assert "| prior | " in card and "| stage 2, 256 px | " in card and "](grid.jpg)" in card
+    assert str(tmp_path) not in card
+
+
+def test_what_cannot_be_published_is_named(call_publish, tmp_path):
+    (tmp_path / "x.txt").write_text("mine")
+    with pytest.raises(UserError, match="output_dir: .* is not empty"):
+        call_publish("--output_dir", tmp_path)
+    with pytest.raises(UserError, match="grid: no such file"):
+        call_publish("--output_dir", tmp_path / "new", "--grid", tmp_path / "no.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_model_that_is_nowhere_is_named(monkeypatch):
+    def fail(name):
+        raise OSError("404\nmore")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match="model: a/b is neither a folder nor .* \\(404\\)"):
+        find_model("a/b")
