@@ -84,8 +84,8 @@ def read_coco(annot_path):
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(annot_path)
-        return [(image_id, coco.imgs[image_id]["file_name"],
-                 [annotation["caption"] for annotation in coco.imgToAnns[image_id]])
+        return [(image_id, os.fspath(coco.imgs[image_id]["file_name"]),
+                 [annotation["caption"].strip() for annotation in coco.imgToAnns[image_id]])
                 for image_id in sorted(coco.imgs)]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{annot_path} is not a COCO captions file "

@@ -147,6 +147,10 @@ def test_crops_are_those_of_the_whole_pictures(toy, store, tmp_path):
     ("{", "not a COCO captions file"),
     ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
      '[{"id": 1, "image_id": 1, "bbox": []}]}', "not a COCO captions file"),
+    ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
+     '[{"id": 1, "image_id": 1, "caption": null}]}', "not a COCO captions file"),
+    ('{"images": [{"id": 1, "file_name": 1}], "annotations": '
+     '[{"id": 1, "image_id": 1, "caption": "x"}]}', "not a COCO captions file"),
     ('{"images": [], "annotations": []}', "no captioned image"),
     ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
      '[{"id": 1, "image_id": 1, "caption": "x"}]}', "holds none of the first pictures")])
