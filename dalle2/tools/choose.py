@@ -94,7 +94,7 @@ def main():
                         "metric" if metric == "kid" else "judge_clip_pretrained")
     candidates, clip = list_candidates(args, run), run.header["clip"]
     args.prior_ckpt = run.export  # the file of the CLIP may be in the same folder
-    own_clip = load_matching_clip(args, clip, clip, device)
+    own_clip, _ = load_matching_clip(args, clip, clip, device)
     judge, features = load_judge(args, metric, run, own_clip, device)
     num_images = args.num_images or (200 if run.unet_number else 1000)
     with rename_argument(annot_path="val_annot_path", img_path="val_img_path"):
