@@ -47,7 +47,7 @@ def test_a_published_folder_renders_the_same_wherever_it_lies(checkpoints, call_
     assert settings["clip"]["clip_pretrained"] == "clip.safetensors"
     card = (tmp_path / "moved" / "README.md").read_text()
     assert "| prior | " in card and "| stage 2, 256 px | " in card and "](grid.jpg)" in card
-    assert str(tmp_path) not in card
+    assert "on the CLIP clip.safetensors." in card and str(tmp_path) not in card
 
 
 def test_what_cannot_be_published_is_named(call_publish, tmp_path):

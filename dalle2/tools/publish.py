@@ -81,7 +81,8 @@ def write_card(folder, args, record, networks):
         shutil.copyfile(args.grid, folder / "grid.jpg")
     report = Path(args.prior_ckpt).parent / "report_card.md"
     card = CARD.format(
-        name=folder.name, clip=f"{record['clip_model']} ({record['clip_pretrained']})",
+        name=folder.name, clip=record["relative_path"] or
+        f"{record['clip_model']} of open_clip ({record['clip_pretrained']})",
         rows="\n".join(rows), picture="![pictures](grid.jpg)\n\n" if args.grid else "",
         report=f"The prior on held-out pictures:\n\n{report.read_text()}\n"
         if report.is_file() else "")
