@@ -92,12 +92,17 @@ def read_coco(annot_path):
                         f"({type(error).__name__}: {error})", "annot_path") from error
 
 
+def find_form(annot_path, img_path):
+    """Where the captions are: "COCO captions file", a name of METADATA, or "text files"."""
+    if annot_path:
+        return "COCO captions file"
+    return next((name for name in METADATA if (Path(img_path) / name).is_file()), "text files")
+
+
 def read_folder(img_path):
     """A folder that holds its own captions."""
-    for name in METADATA:
-        if (Path(img_path) / name).is_file():
-            return read_metadata(Path(img_path) / name)
-    return read_text_files(img_path)
+    form = find_form("", img_path)
+    return read_metadata(Path(img_path) / form) if form in METADATA else read_text_files(img_path)
 
 
 def read_metadata(path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle2.captions import load_captions
+from dalle2.captions import find_form, load_captions
 from dalle2.clip import load_clip
 from dalle2.data import Store, draw_indexes, read_crops
 from dalle2.errors import UserError
@@ -193,6 +193,7 @@ def test_captions_in_text_files_beside_the_pictures(photos):
     ("metadata.csv", 'file_name,text,size\nb/c.png,x,1\nb/c.png,y,1\na.jpg,p,2\na.jpg,q,2\n')])
 def test_captions_in_a_metadata_file(photos, name, content):
     (photos / name).write_text(content)
+    assert find_form("", photos) == name
     assert list_found(photos) == [(0, "b/c.png", ("x", "y")), (1, "a.jpg", ("p", "q"))]
 
 

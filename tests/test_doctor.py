@@ -38,7 +38,8 @@ def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_p
         "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
         "--clip_pretrained", str(clip_path), "--store_dir", str(tmp_path))
     assert all(line.split()[0] in ("ok", "warning", "error") for line in lines)
-    assert find(lines, "train:") == "ok       train: 64 pictures, 320 captions, 5 to 5 a picture"
+    assert find(lines, "train:") == ("ok       train: 64 pictures, 320 captions, 5 to 5 a picture, "
+                                     "COCO captions file")
     assert find(lines, "val:").startswith("ok       val: 120 pictures, 600 captions")
     assert find(lines, "can be read").startswith("ok       64 of 64")
     assert find(lines, "tokens:").startswith("ok") and "0.00 % longer" in find(lines, "tokens:")

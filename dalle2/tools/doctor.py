@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2 import cli
-from dalle2.captions import load_captions
+from dalle2.captions import find_form, load_captions
 from dalle2.config import PRESETS
 from dalle2.data import count_cores
 from dalle2.errors import UserError, rename_argument
@@ -103,8 +103,9 @@ def check_captions(args, report):
         counts = [len(record.captions) for record in records]
         missing = [r.path for r in records if not os.path.isfile(r.path)]
         report.check(not missing, f"{split}: {len(records)} pictures, {sum(counts)} captions, "
-                     f"{min(counts)} to {max(counts)} a picture", f"{len(missing)} pictures are "
-                     f"missing, such as {missing[:1]}; they will be left out")
+                     f"{min(counts)} to {max(counts)} a picture, {find_form(annot_path, img_path)}",
+                     f"{len(missing)} pictures are missing, such as {missing[:1]}; they will be "
+                     "left out")
     return records
 
 
