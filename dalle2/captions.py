@@ -60,8 +60,9 @@ def load_captions(annot_path, img_path, max_images=None):
         raise UserError(f"{source} holds no captioned image",
                         "annot_path" if annot_path else "img_path")
     if not any(os.path.isfile(record.path) for record in records[:100]):
-        raise UserError(f"{img_path} holds none of the first pictures that {annot_path or METADATA}"
-                        f" names, such as {os.path.basename(records[0].path)}", "img_path")
+        where = annot_path or find_form(annot_path, img_path)
+        raise UserError(f"{img_path} holds none of the first pictures that {where} names, "
+                        f"such as {os.path.basename(records[0].path)}", "img_path")
     return records
 
 

@@ -204,7 +204,8 @@ def test_captions_in_a_metadata_file(photos, name, content):
     ("metadata.csv", "file,text\na.jpg,x\n", "row 1 has no file_name"),
     ("metadata.jsonl", '{"file_name": "../a.jpg", "text": "x"}', "leads out of the folder"),
     ("metadata.jsonl", '{"file_name": "a.jpg", "text": "%s"}' % ("x " * 60_000), "100000 char"),
-    ("metadata.jsonl", '{"file_name": "no.jpg", "text": "x"}', "holds none of the first pictures"),
+    ("metadata.jsonl", '{"file_name": "no.jpg", "text": "x"}',
+     "holds none of the first pictures that metadata.jsonl names, such as no.jpg"),
     ("other.txt", "x", "annot_path: .* holds neither metadata.jsonl nor metadata.csv nor")])
 def test_what_is_wrong_with_a_folder_of_captions_is_named(photos, name, content, message):
     (photos / name).write_text(content)
