@@ -46,7 +46,8 @@ class Sample(NamedTuple):
 @dataclass
 class Pipeline:
     """What `load_pipeline` gives. A row that its functions return depends on its own seed, caption,
-    picture or embedding alone: on a CPU to the last bit, on a GPU up to rounding."""
+    picture or embedding alone: on a CPU to the last bit, with as many threads (which share out
+    sums), on a GPU up to rounding."""
 
     clip: FrozenClip
     embed_text: Callable    # text_tokens (B, L) -> text_embed (B, D), text_encodings (B, L, D)

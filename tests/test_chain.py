@@ -20,8 +20,10 @@ REAL_COCO = ROOT.parent / "shared" / "data" / "coco_val2014_mini"
 
 
 def launch(*command):
-    """Runs a command at the root with this interpreter's environment; returns what it printed."""
-    environment = {**os.environ, "VENV": sys.prefix}
+    """Runs a command at the root with this interpreter's environment and number of threads, on
+    which a sum's last bit depends; returns what it printed."""
+    environment = {**os.environ, "VENV": sys.prefix,
+                   "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
