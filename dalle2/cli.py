@@ -68,14 +68,16 @@ def run(main):
 
 def add_data_flags(parser):
     data = parser.add_argument_group("data")
-    data.add_argument("--train_img_path", default=f"{DATA_DIR}/train2014", help="picture folder")
-    data.add_argument("--train_annot_path", help="COCO captions file; an empty string: the "
-                      "captions are with the pictures (docs/data.md)",
-                      default=f"{DATA_DIR}/annotations/captions_train2014.json")
-    data.add_argument("--val_img_path", default=VAL_IMG_PATH, help="picture folder")
-    data.add_argument("--val_annot_path", help="COCO captions file; an empty string: the captions "
-                      "are with the pictures that --val_img_path names, or no validation",
-                      default=f"{DATA_DIR}/annotations/captions_val2014.json")
+    pictures = "picture folder, or tars of pictures and captions"
+    data.add_argument("--train_img_path", nargs="+", default=[f"{DATA_DIR}/train2014"],
+                      help=f"{pictures}; several are trained on together")
+    data.add_argument("--train_annot_path", nargs="+", help="COCO captions file, one for each of "
+                      "--train_img_path; an empty string: the captions are with the pictures "
+                      "(docs/data.md)", default=[f"{DATA_DIR}/annotations/captions_train2014.json"])
+    data.add_argument("--val_img_path", nargs="+", default=[VAL_IMG_PATH], help=pictures)
+    data.add_argument("--val_annot_path", nargs="+", help="COCO captions file; an empty string: "
+                      "the captions are with the pictures that --val_img_path names, or no "
+                      "validation", default=[f"{DATA_DIR}/annotations/captions_val2014.json"])
     data.add_argument("--num_val_images", type=at_least(1), default=512,
                       help="pictures to validate on, the first ones of the file")
     data.add_argument("--num_views", type=at_least(1), default=1,
@@ -194,41 +196,50 @@ def print_plan(title, config, origins, module, pictures):
 
 def list_splits(args):
     """[(split, captions file or "", picture folder)] of what the flags name: train, and val unless
-    it is switched off."""
-    splits = [(split, getattr(args, f"{split}_annot_path"), getattr(args, f"{split}_img_path"))
-              for split in ("train", "val")]
-    validates = args.val_annot_path or args.val_img_path not in ("", VAL_IMG_PATH)
-    return splits if validates else splits[:1]
+    it is switched off. A split of several folders is there several times."""
+    splits = []
+    for split in ("train", "val"):
+        annots, images = (getattr(args, f"{split}_{name}_path") for name in ("annot", "img"))
+        if split == "val" and not any(annots) and images in ([""], [VAL_IMG_PATH]):
+            continue
+        annots = annots * len(images) if annots == [""] else annots
+        if len(annots) != len(images):
+            raise UserError(f"{len(annots)} captions files for {len(images)} picture folders; give "
+                            "one for each, an empty string where the captions are with the "
+                            "pictures", f"{split}_annot_path")
+        splits += [(split, annot, image) for annot, image in zip(annots, images)]
+    return splits
 
 
 def check_data(args):
     """Raises UserError where the data that the flags name does not exist; reads nothing large."""
+    from dalle2.captions import check_paths
     for split, annot, images in list_splits(args):
-        if not os.path.isdir(images):
-            raise UserError(f"no such folder: {images} (python data/coco_download.py fetches COCO)",
-                            f"{split}_img_path")
-        if annot and not os.path.isfile(annot):
-            raise UserError(f"no such file: {annot}", f"{split}_annot_path")
+        with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
+            check_paths(annot, images)
 
 
 def count_pictures(args):
     """Captioned pictures to train on."""
     from dalle2.captions import load_captions
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
-        return len(load_captions(args.train_annot_path, args.train_img_path))
+        return sum(len(load_captions(annot, images))
+                   for split, annot, images in list_splits(args) if split == "train")
 
 
 def open_stores(args, clip=None, **options):
     """(train Store, val Store or None), prepared now if they do not exist; `options` are those of
     prepare_store."""
+    from dalle2.data import Store
     from dalle2.prepare import prepare_store
-    stores = {"train": None, "val": None}
+    found = {"train": [], "val": []}
     own = {"train": {"num_views": args.num_views}, "val": {"max_images": args.num_val_images}}
     for split, annot, images in list_splits(args):
         with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
-            stores[split] = prepare_store(images, annot, args.store_dir, clip=clip, **own[split],
-                                          **options)
-    return stores["train"], stores["val"]
+            found[split].append(prepare_store(images, annot, args.store_dir, clip=clip,
+                                              **own[split], **options))
+    return [Store([folder for store in stores for folder in store.folders], stores[0].embed_name)
+            if stores else None for stores in found.values()]
 
 
 def load_clip(args):

@@ -280,12 +280,12 @@ def find_nearest(args, clip, output_dir, entries):
         return []
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, clip=clip)
-    embeds = torch.from_numpy(np.array(store.image_embed)).float().to(clip.device)
+    embeds = torch.from_numpy(np.array(store.image_embed[:])).float().to(clip.device)
     found = []
     for entry in entries:
         picture = load_image(Path(output_dir) / entry["file"])
         cosine, index = (embeds @ clip.embed_image(picture[None])[0]).max(0)
-        entry["nearest_train"] = {"file": store.file_names[index],
+        entry["nearest_train"] = {"file": store.records[int(index)].file_name,
                                   "cosine": round(cosine.item(), 4)}
         found.append((torch.from_numpy(np.array(store.images[int(index)])), cosine.item()))
     return found

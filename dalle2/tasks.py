@@ -62,9 +62,9 @@ class Task:
 
     def describe_run(self):
         """What the run is, as JSON: written to config.json and compared on resuming."""
-        source = self.train_store.source["annotations"][:16]
         return {"config": config_to_dict(self.config),
-                "data": {"annotations": source, "num_images": len(self.train_store)}}
+                "data": {"annotations": self.train_store.digest[:16],
+                         "num_images": len(self.train_store)}}
 
     # ---- validation by the loss of a diffusion model: fixed pictures, noise and timesteps
 
@@ -113,12 +113,13 @@ class ClipTask(Task):
         # a little larger than the network sees them, so that squares of them are sharp
         size = round(config.image_size * config.min_crop_scale ** -0.25)
         self.pictures = {store: store.load_small_images(size) for store in stores}
-        self.text_tokens = {store: self.tokenizer([caption for group in store.captions
-                                                   for caption in group]) for store in stores}
+        self.text_tokens = {store: store.load_tokens(self.tokenizer, config.context_length)
+                            for store in stores}
 
     def load(self, store, indexes, random):
+        text_tokens = self.text_tokens[store][store.draw_captions(indexes, random.rand())]
         return {"image": torch.from_numpy(self.pictures[store][indexes]),
-                "text_tokens": self.text_tokens[store][store.draw_captions(indexes, random.rand())]}
+                "text_tokens": torch.from_numpy(text_tokens.astype(np.int64))}
 
     def loss(self, module, batch, random):
         """Contrastive loss, a scalar. batch: image (B, 3, H, W) uint8, text_tokens (B, L)."""

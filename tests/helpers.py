@@ -20,7 +20,7 @@ from torch import multiprocessing
 from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip, load_clip
 from dalle2.config import PRESETS, config_to_dict
-from dalle2.data import Store
+from dalle2.data import Record, Store
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
 
@@ -34,8 +34,8 @@ class RandomStore(Store):
 
     def __init__(self, count=6, seed=0):
         random = np.random.default_rng(seed)
-        self.source = {"annotations": f"{seed}" * 64}
-        self.image_ids, self.captions = list(range(count)), [["one", "two"]] * count
+        self.digest, self.num_views = f"{seed}" * 64, 1
+        self.records = [Record(number, "", ["one", "two"]) for number in range(count)]
         self.images = random.integers(0, 256, (count, 3, 256, 256), np.uint8)
         self.image_embed = draw_unit(random, count)
         self.caption_start = np.arange(0, 2 * count + 1, 2)
@@ -45,6 +45,9 @@ class RandomStore(Store):
 
     def load_small_images(self, size):
         return resize(torch.from_numpy(self.images), size).numpy()
+
+    def load_tokens(self, tokenize, context_length):
+        return tokenize([text for record in self.records for text in record.captions]).numpy()
 
 
 def draw_unit(random, count):

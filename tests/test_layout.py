@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
-    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise", "sharding", "validation"},
-    {"captions", "config", "files", "logger", "optimizer", "processes"},
-    {"checkpoint", "plots", "gallery", "data"},
+    {"errors", "rng", "archives", "arrays", "diffusion", "fast_modules", "rowwise", "sharding",
+     "validation"},
+    {"captions", "config", "files", "images", "logger", "optimizer", "processes"},
+    {"checkpoint", "plots", "gallery", "data", "shards"},
     {"ema", "clip", "models", "sampling", "prepare"},
     {"run_folder", "train_state", "pipeline", "cli"}, {"train_loop", "tasks", "render"})
 ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "captions", "dalle2_pytorch": "fast_modules",
