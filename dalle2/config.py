@@ -59,13 +59,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """A small CLIP that train_clip.py trains (open_clip's model class, ResNet image tower)."""
+    """A small CLIP that train_clip.py trains (open_clip's model class)."""
 
     embed_dim: int = setting(help="size D of an embedding, and width of the text tower: the prior "
                              "needs them equal")
     image_size: int = setting(help="input side, pixels")
     vision_width: int = setting(help="channels of the first ResNet stage")
     vision_layers: tuple[int, ...] = setting(most=1000, help="blocks of the four ResNet stages")
+    vision_timm: str = setting("", help="timm's name of an image tower that begins with its "
+                               "ImageNet weights, such as resnet50, in place of the ResNet")
+    lock_vision: bool = setting(False, help="leave that tower as it is and train what is behind it "
+                                "and the text tower (Zhai et al. 2022, LiT)")
     text_layers: int = setting(most=1000, help="layers of the text transformer")
     text_heads: int = setting(help="its attention heads")
     context_length: int = setting(help="text positions L, start and end token included")
@@ -289,6 +293,8 @@ def validate_config(config):
     """Raises UserError naming the first field of `config` whose value makes no sense."""
     if getattr(config, "fsdp", False) and (config.compile or config.mixed_precision == "fp16"):
         raise UserError("goes with neither --compile nor --mixed_precision fp16", "fsdp")
+    if getattr(config, "lock_vision", False) and not config.vision_timm:
+        raise UserError("only a tower of --vision_timm has weights to keep", "lock_vision")
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         for part in value if isinstance(value, tuple) else (value,):

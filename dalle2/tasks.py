@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from dalle2.checkpoint import save_export
-from dalle2.clip import ClipLoss, FrozenClip, build_tokenizer, preprocess_image
+from dalle2.clip import (
+    ClipLoss,
+    FrozenClip,
+    build_tokenizer,
+    find_mean_and_std,
+    preprocess_image,
+)
 from dalle2.config import config_to_dict
 from dalle2.data import draw_indexes, load_pictures, read_crops
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
@@ -131,7 +137,7 @@ class ClipTask(Task):
                 text_tokens != self.tokenizer.eot_token_id)                     # (B, L)
             drop = random.rand(text_tokens.shape[1]) < c.word_dropout
             text_tokens = text_tokens.masked_fill(drop & is_word, 0)
-        image = preprocess_image(image, c.image_size)
+        image = preprocess_image(image, c.image_size, *find_mean_and_std(c))
         return self.clip_loss(*module(image, text_tokens))
 
     @torch.no_grad()
