@@ -207,7 +207,7 @@ def announce(folder, what, num_bytes, progress=True):
         raise UserError(f"{what} need {num_bytes / 1e9:.1f} GB in {folder.parent}, "
                         f"{free / 1e9:.1f} GB are free", "store_dir")
     if progress:
-        print(f"{folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
+        print(f"preparing {folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
 
 
 def _show(total, done, what, unit, progress):
