@@ -73,13 +73,15 @@ def run(main):
 @contextlib.contextmanager
 def import_late():
     """For the imports of an entry script that take seconds: torch and what stands on it. They come
-    after the flags, so that --help and a wrong flag are answered at once, and without the garbage
-    collector, which finds nothing to collect and takes a seventh of their time."""
+    after the flags, so that --help and a wrong flag are answered at once. The garbage collector
+    does not look at the half million objects that they leave, now or later or at the end of
+    the process: 1.7 s of 6."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.freeze()
 
 
 def add_data_flags(parser):

@@ -36,6 +36,7 @@ if [ "$made_with" = "$(cat "$out/finished" 2>/dev/null)" ] && ls "$out/clip/clip
     show
     exit
 fi
+rm -f "$out/finished"
 
 stage "1/7 environment: torch and the other packages"
 need requirements.txt
