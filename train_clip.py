@@ -1,14 +1,8 @@
 """Trains a small CLIP, if none can be downloaded that fits the data. Radford et al. 2021."""
 
-import torch
-from torch import nn
-
 from dalle2 import cli
-from dalle2.clip import build_clip, load_vision_weights
 from dalle2.config import PRESETS, ClipConfig
 from dalle2.errors import UserError
-from dalle2.tasks import ClipTask
-from dalle2.train_loop import train
 
 
 def parse_args():
@@ -28,6 +22,12 @@ def main():
                         "in parts; choose a smaller --batch_size, or more devices",
                         "device_batch_size")
     cli.check_data(args)
+    with cli.import_late():
+        import torch
+
+        from dalle2.clip import build_clip, load_vision_weights
+        from dalle2.tasks import ClipTask
+        from dalle2.train_loop import train
 
     # ---- network
     torch.manual_seed(config.train.seed)
@@ -38,7 +38,8 @@ def main():
         load_vision_weights(model, config, args.vision_weights)
     accelerator = cli.build_accelerator(config.train.mixed_precision)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the global batch
+        # statistics of the global batch
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     # ---- data and training
     train_store, val_store = cli.open_stores(args)

@@ -1,7 +1,9 @@
 """What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -12,6 +14,8 @@ from pathlib import Path
 from dalle2.config import (
     MAX_INT,
     PRESETS,
+    SAMPLER_NAMES,
+    THRESHOLDS,
     TrainConfig,
     config_from_dict,
     config_to_dict,
@@ -64,6 +68,20 @@ def run(main):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {'--' if error.argument else ''}{error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def import_late():
+    """For the imports of an entry script that take seconds: torch and what stands on it. They come
+    after the flags, so that --help and a wrong flag are answered at once. The garbage collector
+    does not look at the half million objects that they leave, now or later or at the end of
+    the process: 1.7 s of 6."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def add_data_flags(parser):
@@ -138,6 +156,68 @@ def parse_bool(text):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def add_checkpoint_flags(parser):
+    """The flags that `pipeline.load_pipeline` reads."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--model", help="a folder that dalle2.tools.publish made, or a model's name "
+                       "on the Hugging Face hub, in place of the files below")
+    group.add_argument("--prior_ckpt", default="output/prior/prior.safetensors",
+                       help="what train_prior.py exported")
+    group.add_argument("--decoder_ckpt", default="output/decoder/decoder.safetensors",
+                       help="what train_decoder.py exported")
+    group.add_argument("--clip_model", help="None: the CLIP that the checkpoints name")
+    group.add_argument("--clip_pretrained", help="None: the CLIP that the checkpoints name")
+    group.add_argument("--compile", action="store_true",
+                       help="the networks by torch.compile, after a minute or two at the start")
+
+
+def add_caption_flags(parser):
+    """The flags that `render.list_captions` and `render.list_jobs` read."""
+    group = parser.add_argument_group("what to render")
+    group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered; "
+                       "an empty string: the captions are with the pictures")
+    group.add_argument("--test_img_path", help="its pictures, for the gallery; needed by "
+                       "--init_from_true_embedding")
+    group.add_argument("--prompt", action="append", help="render this; may be repeated")
+    group.add_argument("--prompt_file", help="text file, a prompt a line")
+    group.add_argument("--num_images", type=at_least(1), default=50,
+                       help="how many pictures of the COCO file, the first ones, one caption each")
+    group.add_argument("--samples_per_prompt", type=at_least(1), default=1)
+    group.add_argument("--rerank", action="store_true",
+                       help="keep the one of --samples_per_prompt with the best CLIP score")
+    group.add_argument("--init_from_true_embedding", action="store_true",
+                       help="feed the decoder the true photo's embedding, to see it without prior")
+
+
+def add_sample_flags(parser):
+    """The flags that `render.read_options` reads, and more of how pictures are rendered."""
+    group = parser.add_argument_group("how (None: what the checkpoints' configs say)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--cond_scale", type=at_least(0.0),
+                       help="guidance of the decoder, 1 is none")
+    group.add_argument("--prior_cond_scale", type=at_least(0.0),
+                       help="guidance of the prior, 1 is none")
+    group.add_argument("--sample_timesteps", type=at_least(1), nargs="+",
+                       help="sampling steps: one number, or the prior's and each stage's")
+    group.add_argument("--num_candidates", type=at_least(1), help="image embeddings that the "
+                       "prior samples a caption, of which the nearest to it is kept")
+    group.add_argument("--lowres_noise_level", type=at_least(0), help="noise on the picture that "
+                       "an upsampler enlarges, of 1000: the more, the more it invents")
+    group.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0])
+    add_precision_flag(group)
+    group.add_argument("--thresholding", choices=THRESHOLDS, default=THRESHOLDS[0],
+                       help="of the decoder's estimates: clamped, or scaled a picture (Saharia "
+                       "2022)")
+    group.add_argument("--batch_size", type=at_least(1),
+                       help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
+
+
+def add_precision_flag(parser):
+    parser.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto",
+                        help="of the networks; auto: bf16 on a GPU that has it, fp16 on an older "
+                        "one, none on a CPU")
 
 
 def build_config(args, preset):
@@ -276,12 +356,6 @@ def resolve_precision(mixed_precision):
     if not has_gpu:
         return "no"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-
-
-def add_precision_flag(parser):
-    parser.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto",
-                        help="of the networks; auto: bf16 on a GPU that has it, fp16 on an older "
-                        "one, none on a CPU")
 
 
 def build_accelerator(mixed_precision):

@@ -12,6 +12,9 @@ from dataclasses import MISSING, dataclass, field, replace
 from dalle2.errors import UserError
 
 MAX_INT = 2 ** 63 - 1  # what a tensor's size or a seed can be
+# how dalle2.sampling can sample; the first of each is the default (docs/results.md, "Samplers")
+SAMPLER_NAMES = "dpmpp_2m", "ddim", "ddpm"
+THRESHOLDS = "static", "dynamic"
 
 
 def setting(default=MISSING, *, help, least=None, below=None, most=MAX_INT, choices=None):

@@ -241,7 +241,7 @@ def announce(folder, what, num_bytes, progress=True):
     """Says how much disk `what` will take; UserError where there is less."""
     check_free(folder.parent, what, num_bytes)
     if progress:
-        print(f"{folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
+        print(f"preparing {folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
 
 
 def check_free(folder, what, num_bytes):

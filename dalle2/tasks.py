@@ -26,7 +26,6 @@ from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import arrange, augment, crop, resize
-from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.validation import (
@@ -253,6 +252,7 @@ class PriorTask(Task):
                   for name, row in scores.items()]
         replace_file(Path(self.output_dir) / "report_card.md",
                      lambda part: part.write_text("\n".join(lines) + "\n"))
+        print("The prior beside baselines that need no prior (docs/evaluation.md):")
         print("\n".join(lines))
 
 
@@ -344,6 +344,7 @@ class UnetTask(Task):
     def earlier(self):
         """({unet_number: network}, {unet_number: UnetConfig}) of the stages before this one; None
         where one of them is not trained."""
+        from dalle2.models import load_decoder  # a CLIP is trained without: 0.6 s
         path = Path(self.output_dir) / "decoder.safetensors"
         unets, configs, _ = load_decoder(path) if path.exists() else ({}, {}, None)
         numbers = range(1, self.unet_number)
@@ -373,6 +374,7 @@ class UnetTask(Task):
         return {**self.header, **super().describe_run(), "lowres_size": self.lowres_size}
 
     def write_export(self, state, step, suffix):
+        from dalle2.models import save_decoder_stage
         save_decoder_stage(Path(self.output_dir) / f"decoder{suffix}.safetensors",
                            self.unet_number, self.config, state, self.header, step,
                            self.num_stages)
@@ -389,6 +391,7 @@ def collect_sample_embeds(val_store, prior_ckpt, clip, device):
     image_embed = torch.from_numpy(np.array(val_store.image_embed[:NUM_SAMPLES])).float()
     embeds = [image_embed.to(device), text_embed]
     if prior_ckpt:
+        from dalle2.models import load_prior
         with rename_argument(path="prior_ckpt"):
             prior, config, header = load_prior(prior_ckpt)
         if header["clip"]["fingerprint"] != clip["fingerprint"]:

@@ -18,7 +18,7 @@ from PIL import Image
 from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.images import save_jpeg
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 from dalle2.tools import app
 
 SETTINGS = {"seed": 5, "cond_scale": 1.5, "prior_cond_scale": 1.0, "sample_timesteps": (3, 2, 1)}
@@ -36,7 +36,7 @@ def flags(clip_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline(flags):
     parser = ArgumentParser()
-    add_checkpoint_flags(parser)
+    cli.add_checkpoint_flags(parser)
     return load_pipeline(parser.parse_args(flags), cli.pick_device())
 
 

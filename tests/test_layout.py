@@ -54,6 +54,20 @@ def test_a_library_has_one_importer_and_an_entry_script_none():
         assert not names & {"train_prior", "train_decoder", "train_clip", "test_dalle2"}, path
 
 
+@pytest.mark.parametrize("script", ["train_clip.py", "train_prior.py", "train_decoder.py",
+                                    "test_dalle2.py", "data/toy_coco.py"])
+def test_help_does_not_wait_for_torch(script):
+    subprocess.run([sys.executable, "-c", """
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ending:
+    assert not ending.code
+assert "torch" not in sys.modules
+""".replace("sys.argv[0]", repr(script))], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
 def test_what_a_benchmark_imports_is_there():
     """Most of them take too long to be run by a test."""
     for path in (ROOT / "benchmarks").glob("*.py"):
