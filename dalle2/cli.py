@@ -338,22 +338,27 @@ def describe_clip(args, clip, output_dir=None):
 
 
 def pick_device():
+    """This process's GPU: of CUDA, or Apple's (mps); without one the CPU, which the environment
+    variable ACCELERATE_USE_CPU=true chooses in any case."""
     import torch
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) \
-        if torch.cuda.is_available() else torch.device("cpu")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def resolve_precision(mixed_precision):
-    """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a GPU that computes
-    in it, fp16 on one that only emulates it (before Ampere), "no" without a GPU. UserError on fp16
-    without one."""
+    """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a CUDA GPU that
+    computes in it, fp16 on one that only emulates it (before Ampere), "no" elsewhere. UserError on
+    fp16 without one."""
     import torch
-    has_gpu = torch.cuda.is_available()
-    if mixed_precision == "fp16" and not has_gpu:
-        raise UserError("fp16 needs a GPU; give no or bf16", "mixed_precision")
+    has_cuda = pick_device().type == "cuda"
+    if mixed_precision == "fp16" and not has_cuda:
+        raise UserError("fp16 needs a CUDA GPU; give no or bf16", "mixed_precision")
     if mixed_precision != "auto":
         return mixed_precision
-    if not has_gpu:
+    if not has_cuda:
         return "no"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
@@ -362,12 +367,15 @@ def build_accelerator(mixed_precision):
     """accelerate.Accelerator for the devices of this launch and `resolve_precision`."""
     import torch
     from accelerate import Accelerator, DistributedType
-    mixed_precision = resolve_precision(mixed_precision)
-    if torch.cuda.is_available():
+    device, mixed_precision = pick_device(), resolve_precision(mixed_precision)
+    if device.type == "mps":
+        print("note: on Apple's GPU (mps) in fp32, which this project has not been tested on; "
+              "ACCELERATE_USE_CPU=true takes the CPU", flush=True)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         torch.backends.cudnn.benchmark = True  # the fastest convolution of each shape
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False,
-                              cpu=not torch.cuda.is_available())
+                              cpu=device.type == "cpu")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed plugins are not supported; "
                         "--fsdp shards the network among the processes of any other launch")
