@@ -21,6 +21,7 @@ def main():
     with cli.import_late():
         import torch
 
+        from dalle2.logger import open_tracker
         from dalle2.models import build_prior, list_blocks, load_prior
         from dalle2.tasks import PriorTask
         from dalle2.train_loop import train
@@ -45,7 +46,10 @@ def main():
     has_card = (Path(args.output_dir) / "report_card.md").exists()
     if val_store and accelerator.is_main_process and (trained or not has_card):
         best = load_prior(Path(args.output_dir) / "prior.safetensors")[0]
-        task.write_report_card(best.to(accelerator.device))
+        card = task.write_report_card(best.to(accelerator.device))
+        tracker = open_tracker(args.log_with, args.output_dir, config.train.num_steps)
+        tracker.log_text("report_card", card)
+        tracker.close()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """`metrics.jsonl`, one JSON object a line, none doubled and none missing after a resume; and the
-same numbers, with the sample pictures, to TensorBoard or Weights & Biases."""
+same numbers, with sample pictures and report cards, to TensorBoard or Weights & Biases."""
 
 import json
 import math
@@ -18,8 +18,7 @@ class MetricsLog:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         self.path.write_text("".join(line + "\n" for line in kept))
-        self.send, self.send_picture, self.close = _open_tracker(log_with, Path(run_dir), step,
-                                                                 config)
+        self.tracker = open_tracker(log_with, Path(run_dir), step, config)
 
     def write(self, rows):
         """rows: list of dicts, each with its `step`. A number that is not finite becomes null."""
@@ -28,39 +27,79 @@ class MetricsLog:
         with open(self.path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
-            self.send({name: value for name, value in row.items()
-                       if name != "step" and value is not None}, row["step"])
+            self.tracker.log({name: value for name, value in row.items()
+                              if name != "step" and value is not None}, row["step"])
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.close()
+        self.tracker.close()
 
 
-def _open_tracker(log_with, run_dir, step, config):
-    """(send(values, step), send_picture(picture, step), close()) of the tracker `log_with`; picture
-    (3, H, W) in [0, 1]."""
-    if log_with == "tensorboard":
+class Tracker:
+    """What the numbers of a run are sent to besides its own file: nothing."""
+
+    def log(self, values, step):
+        """values: {name: number}."""
+
+    def log_picture(self, picture, step):
+        """picture (3, H, W) in [0, 1]."""
+
+    def log_text(self, name, text):
+        """text: Markdown."""
+
+    def close(self):
+        pass
+
+
+class TensorBoardTracker(Tracker):
+    def __init__(self, run_dir, step):
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
 
-        def send(values, step):
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-        return send, lambda picture, step: writer.add_image("samples", picture, step), writer.close
-    if log_with == "wandb":
+    def log(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def log_picture(self, picture, step):
+        self.writer.add_image("samples", picture, step)
+
+    def log_text(self, name, text):
+        self.writer.add_text(name, text)
+
+    def close(self):
+        self.writer.close()
+
+
+class WandbTracker(Tracker):
+    def __init__(self, run_dir, config):
         try:
             import wandb
         except ImportError as error:
             raise UserError("wandb is not installed (pip install wandb)", "log_with") from error
-        run = wandb.init(project="dalle2", name=str(run_dir), dir=run_dir, config=config,
-                         id="-".join(run_dir.absolute().parts[1:])[-120:], resume="allow")
+        self.to_picture = wandb.Image
+        self.run = wandb.init(project="dalle2", name=str(run_dir), dir=run_dir, config=config,
+                              id="-".join(run_dir.absolute().parts[1:])[-120:], resume="allow")
 
-        def send(values, step):
-            run.log(values, step=step)
-        return send, lambda picture, step: send({"samples": wandb.Image(picture)}, step), run.finish
-    return (lambda values, step: None), (lambda picture, step: None), (lambda: None)
+    def log(self, values, step):
+        self.run.log(values, step=step)
+
+    def log_picture(self, picture, step):
+        self.run.log({"samples": self.to_picture(picture)}, step=step)
+
+    def log_text(self, name, text):
+        self.run.summary[name] = text
+
+    def close(self):
+        self.run.finish()
+
+
+def open_tracker(log_with, run_dir, step=0, config=None):
+    """The Tracker "tensorboard", "wandb" or "none" of a run that goes on after `step`."""
+    if log_with == "tensorboard":
+        return TensorBoardTracker(Path(run_dir), step)
+    return WandbTracker(Path(run_dir), config) if log_with == "wandb" else Tracker()
 
 
 def _step_of(line):

@@ -55,4 +55,4 @@ class RunFolder(contextlib.ExitStack):
         """picture (3, H, W) in [0, 1], or None."""
         if self.is_writer and picture is not None:
             save_jpeg(picture, self.path / "samples" / f"step_{step:08d}.jpg")
-            self.log.send_picture(picture, step)
+            self.log.tracker.log_picture(picture, step)

@@ -234,7 +234,8 @@ class PriorTask(Task):
 
     def write_report_card(self, module):
         """`report_card.md`: the prior beside what needs no prior. Over the validation pictures,
-        cosine to the true image embedding, to the own caption and to another one, and retrieval."""
+        cosine to the true image embedding, to the own caption and to another one, and retrieval.
+        Returns its text."""
         image_embed, text_embed = self.load_validation_embeds()
         some = torch.from_numpy(np.array(self.train_store.image_embed[:20_000])).float()
         candidates = {
@@ -250,10 +251,11 @@ class PriorTask(Task):
                  "|---" * (len(columns) + 1) + "|"]
         lines += [f"| {name} | " + " | ".join(f"{row[column]:.3f}" for column in columns) + " |"
                   for name, row in scores.items()]
+        card = "\n".join(lines)
         replace_file(Path(self.output_dir) / "report_card.md",
-                     lambda part: part.write_text("\n".join(lines) + "\n"))
-        print("The prior beside baselines that need no prior (docs/evaluation.md):")
-        print("\n".join(lines))
+                     lambda part: part.write_text(card + "\n"))
+        print(f"The prior beside baselines that need no prior (docs/evaluation.md):\n{card}")
+        return card
 
 
 # ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
 from dalle2.config import TrainConfig
 from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
-from dalle2.logger import MetricsLog, read_metrics
+from dalle2.logger import MetricsLog, open_tracker, read_metrics
 from dalle2.rng import BatchRandom
 from dalle2.train_loop import BATCHES_AHEAD, check_same_run, compute_lr_factor, train
 from dalle2.train_state import count_rows, take_step
@@ -163,10 +163,14 @@ def test_metrics_of_a_run_that_was_cut_off_are_dropped(tmp_path):
     path.write_text(json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + '\n{"ste')
     with MetricsLog(tmp_path, step=1, log_with="tensorboard") as log:
         log.write([{"step": 2, "loss": 3.0, "grad_norm": float("nan")}])
-        log.send_picture(torch.zeros(3, 8, 12), 2)
+        log.tracker.log_picture(torch.zeros(3, 8, 12), 2)
+    tracker = open_tracker("tensorboard", tmp_path, 2)
+    tracker.log_text("report_card", "| a |")
+    tracker.close()
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 3.0, "grad_norm": None}]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("loss")[0].value == 3 and "grad_norm" not in events.scalars.Keys()
+    assert events.Tensors("report_card/text_summary")[0].tensor_proto.string_val == [b"| a |"]
     assert (events.Images("samples")[0].width, events.Images("samples")[0].step) == (12, 2)
 
 
