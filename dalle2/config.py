@@ -212,7 +212,7 @@ PRESETS = {
                      min_crop_scale=0.3, color_jitter=0.4, word_dropout=0.2,
                      train=replace(_TOY_CLIP.train, num_steps=700, weight_decay=0.2,
                                    ema_decay=0.995, save_every=100, validate_every=100)),
-        prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26,
+        prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26, cond_scale=2.0,
                           train=replace(_TOY_TRAIN, num_steps=1500, batch_size=128,
                                         weight_decay=0.05, save_every=250, validate_every=250)),
         decoder=DecoderConfig(unets=(
@@ -237,7 +237,7 @@ PRESETS = {
                      train=replace(_TOY_CLIP.train, num_steps=1600, batch_size=512,
                                    warmup_steps=50, weight_decay=0.2, ema_decay=0.99,
                                    save_every=100, validate_every=100)),
-        prior=PriorConfig(depth=6, heads=12, max_text_len=32,
+        prior=PriorConfig(depth=6, heads=12, max_text_len=32, cond_scale=2.0,
                           train=TrainConfig(num_steps=10_000, batch_size=256, lr=1e-3,
                                             muon_lr=0.02, warmup_steps=50, weight_decay=0.05,
                                             adam_beta2=0.99, adam_eps=1e-6, ema_decay=0.995,
@@ -261,7 +261,7 @@ PRESETS = {
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3
     "base": Preset(
         clip=_BASE_CLIP,
-        prior=PriorConfig(depth=12, heads=12, max_text_len=32,
+        prior=PriorConfig(depth=12, heads=12, max_text_len=32, cond_scale=2.0,
                           train=TrainConfig(num_steps=150_000, batch_size=1024, lr=1.1e-4,
                                             weight_decay=6e-2, adam_beta2=0.96, adam_eps=1e-6,
                                             snapshot_every=7_500)),
