@@ -5,15 +5,13 @@ import runpy
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import toy_coco
-from helpers import write_clip
+from helpers import ROOT, name_data, write_clip
 
-ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = "chromium", "chromium-browser", "google-chrome"
 
 
@@ -68,9 +66,7 @@ def store_dir(tmp_path_factory):
 
 @pytest.fixture
 def data_flags(toy, store_dir):
-    return ["--train_img_path", f"{toy}/train", "--train_annot_path", f"{toy}/captions_train.json",
-            "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
-            "--num_val_images", "16", "--store_dir", str(store_dir)]
+    return [*name_data(toy), "--num_val_images", "16", "--store_dir", str(store_dir)]
 
 
 @pytest.fixture

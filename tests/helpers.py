@@ -26,6 +26,7 @@ from dalle2.models import build_prior, build_unet
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds for two processes to import torch, meet and finish on a busy machine
+NO_CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")
 TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
 
 
@@ -45,6 +46,13 @@ class RandomStore(Store):
 
     def load_small_images(self, size):
         return resize(torch.from_numpy(self.images), size).numpy()
+
+
+def name_data(toy):
+    """The flags of the toy data set's two splits."""
+    return [part for split in ("train", "val") for part in (
+        f"--{split}_img_path", f"{toy}/{split}",
+        f"--{split}_annot_path", f"{toy}/captions_{split}.json")]
 
 
 def draw_unit(random, count):
@@ -140,24 +148,25 @@ def extract_means(image):
     return torch.cat([image.float().mean((2, 3)), image.float().std((2, 3))], 1)
 
 
-def run_in_two_processes(function, folder, *args):
-    """function(rank, folder, *args) in two processes of one launch; raises what either raised."""
+def run_in_processes(function, folder, *args, processes=2):
+    """function(rank, folder, *args) in the processes of one launch; raises what one raised."""
     end = time.monotonic() + PATIENCE
-    running = multiprocessing.spawn(enter_process, (function, folder, *args), nprocs=2, join=False)
+    running = multiprocessing.spawn(enter_process, (processes, function, folder, *args),
+                                    nprocs=processes, join=False)
     try:
         while not running.join(timeout=1):
-            assert time.monotonic() < end, f"the two processes have not ended in {PATIENCE} s"
+            assert time.monotonic() < end, f"the processes have not ended in {PATIENCE} s"
     finally:
         for process in running.processes:
             process.kill()
 
 
-def enter_process(rank, function, folder, *args):
+def enter_process(rank, processes, function, folder, *args):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="localhost", MASTER_PORT="0")  # they meet in a file
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                      LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT="0")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                                         world_size=2, timeout=timedelta(seconds=PATIENCE))
+                                         world_size=processes, timeout=timedelta(seconds=PATIENCE))
     try:
         function(rank, folder, *args)
         torch.distributed.barrier()  # nobody leaves while the other still gathers

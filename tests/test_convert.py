@@ -1,17 +1,14 @@
 """Weights to and from the stock classes of dalle2-pytorch, through the command line."""
 
-
 import pytest
 import torch
 from dalle2_pytorch import dalle2_pytorch as library
-from helpers import TOY, D, call, check_refused, make_network, shake_module
+from helpers import NO_CLIP, TOY, D, call, check_refused, make_network, shake_module
 
 from dalle2.checkpoint import load_export, save_export
 from dalle2.config import config_to_dict
 from dalle2.diffusion import compute_betas
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
-
-CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def run(network, name):
 def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
     ours = build_prior(TOY.prior, D).eval()
     save_export(tmp_path / "a.safetensors", "prior", {
-        "config": config_to_dict(TOY.prior), "embed_dim": D, "clip": CLIP, "step": 1},
+        "config": config_to_dict(TOY.prior), "embed_dim": D, "clip": NO_CLIP, "step": 1},
         {f"net.{name}": value for name, value in ours.state_dict().items()})
     run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")
     stock = build_library_prior().eval()
@@ -66,7 +63,7 @@ def test_a_decoder_goes_to_the_stock_class_and_back(run_convert, tmp_path):
              for n, c in enumerate(TOY.decoder.unets, start=1)]
     stages = [{"config": config_to_dict(c), "step": 1} for c in TOY.decoder.unets]
     save_export(tmp_path / "a.safetensors", "decoder",
-                {"embed_dim": D, "clip": CLIP, "stages": stages},
+                {"embed_dim": D, "clip": NO_CLIP, "stages": stages},
                 {f"unets.{i}.{name}": value for i, unet in enumerate(unets)
                  for name, value in unet.state_dict().items()})
     run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")

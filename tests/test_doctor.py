@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import write_coco
+from helpers import name_data, write_coco
 from PIL import Image
 
 from dalle2.config import PRESETS, DecoderConfig
@@ -33,10 +33,8 @@ def find(lines, word):
 def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "REPEATS", 1)
     monkeypatch.setattr(doctor, "find_rows", partial(doctor.find_rows, budget=0))
-    code, lines = run_doctor(
-        "--train_img_path", f"{toy}/train", "--train_annot_path", f"{toy}/captions_train.json",
-        "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
-        "--clip_pretrained", str(clip_path), "--store_dir", str(tmp_path))
+    code, lines = run_doctor(*name_data(toy), "--clip_pretrained", str(clip_path),
+                             "--store_dir", str(tmp_path))
     assert all(line.split()[0] in ("ok", "warning", "error") for line in lines)
     assert find(lines, "train:") == ("ok       train: 64 pictures, 320 captions, 5 to 5 a picture, "
                                      "COCO captions file")

@@ -136,7 +136,3 @@ def test_memorization_tells_copies_from_new_pictures(monkeypatch):
         sum(max(float(photo @ row) for row in train) for photo in photos) / 100)
     new = compute_memorization(draw_embeds(1000, 2), train, photos, torch.full((1000,), -1))
     assert new["nearer_to_train"] == pytest.approx(0.75, abs=0.06)  # three photos in four
-
-
-# ----------------------------------------------------------------------------------------------
-# FID and KID

@@ -15,22 +15,18 @@ def build_module():
                          nn.Conv2d(16, 3, 3), nn.Embedding(40, 16))
 
 
-def test_only_matrices_decay():
-    (optimizer,) = build_optimizers(build_module(), CONFIG)
+def test_only_matrices_decay_and_muon_takes_those_of_layers():
+    module = build_module()
+    (optimizer,) = build_optimizers(module, CONFIG)
     decayed, others = optimizer.param_groups
     assert [p.ndim for p in decayed["params"]] == [2, 4, 4, 2] and decayed["weight_decay"] == 0.1
     assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
-
-
-def test_muon_takes_matrices_and_kernels_and_adamw_the_rest():
-    module = build_module()
     adamw, muon = build_optimizers(module, replace(CONFIG, muon_lr=0.05))
     (group,) = muon.param_groups
     assert [id(p) for p in group["params"]] == [id(module[0].weight), id(module[2].weight)]
     assert group["peak_lr"] == 0.05 and group["weight_decay"] == 0.1
-    rest = [p for g in adamw.param_groups for p in g["params"]]
-    assert len(rest) + 2 == len(list(module.parameters()))
-    assert all(g["peak_lr"] == CONFIG.lr for g in adamw.param_groups)
+    assert [g["peak_lr"] for g in adamw.param_groups] == [CONFIG.lr] * 2
+    assert sum(len(g["params"]) for g in adamw.param_groups) + 2 == len(list(module.parameters()))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 300), (128, 200)])

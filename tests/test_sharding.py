@@ -3,7 +3,7 @@ tests/test_processes.py trains them."""
 
 import pytest
 import torch
-from helpers import TOY, run_in_two_processes
+from helpers import TOY, run_in_processes
 
 from dalle2.config import PRESETS
 from dalle2.models import build_prior, build_unet, list_blocks
@@ -26,7 +26,7 @@ def test_most_weights_are_gathered_block_by_block(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
 def test_two_processes_hold_half_each_and_gather_the_whole(name, tmp_path):
-    run_in_two_processes(check_share, tmp_path, name)
+    run_in_processes(check_share, tmp_path, name)
 
 
 def check_share(rank, folder, name):
