@@ -1,5 +1,6 @@
 """What several tests need: a data set, untrained exports, two processes, what a refusal is."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -23,6 +24,7 @@ from dalle2.config import PRESETS, config_to_dict
 from dalle2.data import Store
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
+from dalle2.pipeline import add_checkpoint_flags, load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds for two processes to import torch, meet and finish on a busy machine
@@ -61,19 +63,26 @@ def draw_unit(random, count):
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float16)
 
 
+def build_network(preset, name, embed_dim=D):
+    """A preset's "prior", "unet1" or "unet2"."""
+    if name == "prior":
+        return build_prior(preset.prior, embed_dim)
+    number = int(name[-1])
+    return build_unet(preset.decoder.unets[number - 1], number, embed_dim)
+
+
 def make_network(name, device="cpu"):
     """(network, arguments, conditions) of the toy preset's "prior", "unet1" or "unet2", three rows;
     the unets' last layers, which begin at zero, are drawn."""
     torch.manual_seed(0)
     t, embed = torch.tensor([3, 500, 998], device=device), torch.randn(3, D, device=device)
+    network = build_network(TOY, name).to(device)
     if name == "prior":
-        return build_prior(TOY.prior, D).to(device), (embed, t), dict(
+        return network, (embed, t), dict(
             text_embed=embed.flip(0), text_encodings=torch.randn(3, 9, D, device=device))
-    number = int(name[-1])
-    network = build_unet(TOY.decoder.unets[number - 1], number, D).to(device)
     torch.nn.init.normal_(network.to_out.weight, std=0.1)
     x = torch.randn(3, 3, 32, 32, device=device)
-    return network, (x, t), dict(image_embed=embed) if number == 1 else dict(
+    return network, (x, t), dict(image_embed=embed) if name == "unet1" else dict(
         image_embed=None, lowres_cond_img=x, lowres_noise_level=t)
 
 
@@ -100,11 +109,12 @@ def write_clip(path, seed=0, noise=0.0):
 
 
 def write_checkpoints(folder, clip_path, prior=TOY.prior, unets=TOY.decoder.unets, noise=0.0):
-    """Untrained `prior.safetensors` and `decoder.safetensors` for the CLIP in `clip_path`, with
-    noise in every weight (without it the decoder draws gray). Returns the flags that name them."""
+    """Untrained `prior.safetensors` and `decoder.safetensors` for the CLIP in `clip_path` or none,
+    with noise in every weight (without it the decoder draws gray). Returns the flags that name
+    them."""
     torch.manual_seed(0)
-    clip = {"clip_model": "", "clip_pretrained": str(clip_path), "relative_path": "",
-            "fingerprint": load_clip("", str(clip_path)).fingerprint}
+    clip = NO_CLIP | ({"clip_pretrained": str(clip_path), "fingerprint": load_clip(
+        "", str(clip_path)).fingerprint} if clip_path else {})
     weights = {f"net.{name}": value for name, value in build_prior(prior, D).state_dict().items()}
     save_export(folder / "prior.safetensors", "prior", {
         "config": config_to_dict(prior), "embed_dim": D, "clip": clip, "step": 0},
@@ -122,6 +132,13 @@ def write_decoder(path, clip, unets, noise=0.0):
     stages = [config and {"config": config_to_dict(config), "step": 0} for config in unets]
     save_export(path, "decoder", {"embed_dim": D, "clip": clip, "stages": stages},
                 shake(weights, noise))
+
+
+def open_pipeline(flags):
+    """The Pipeline of the checkpoints that the flags name, on the CPU."""
+    parser = argparse.ArgumentParser()
+    add_checkpoint_flags(parser)
+    return load_pipeline(parser.parse_args(flags), torch.device("cpu"))
 
 
 def change_unets(*changes):

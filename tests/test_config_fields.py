@@ -1,4 +1,5 @@
-"""Every field of the config changes something: each is walked, and what comes out is compared."""
+"""Every field of the config changes something: each is walked, and what comes out is compared; and
+what a task draws and validates."""
 
 from dataclasses import fields, replace
 
@@ -20,6 +21,7 @@ from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
 from dalle2.train_state import TrainState
+from dalle2.validation import ROWS
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
              warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
@@ -100,18 +102,16 @@ def test_mixed_precision():
 
 def test_channels_last(store):
     """Kernels lie with their channels innermost; the loss stays what it was."""
-    losses = []
+    task, losses = UnetTask(1, TOY.decoder, Accelerator(cpu=True), store), []
     for channels_last in (False, True):
         torch.manual_seed(0)
-        config = replace(TOY.decoder.unets[0], train=replace(
-            TOY.decoder.unets[0].train, batch_size=2, channels_last=channels_last))
-        task = UnetTask(1, kinds.DecoderConfig(unets=(config,)), Accelerator(cpu=True), store)
-        unet = shake_module(build_unet(config, 1, D))
-        state = TrainState(unet, config.train, task.accelerator)
+        unet = shake_module(build_unet(task.config, 1, D))
+        state = TrainState(unet, replace(task.config.train, batch_size=2,
+                                         channels_last=channels_last), task.accelerator)
         kernels = [p for p in unet.parameters() if p.ndim == 4 and min(p.shape) > 1]
         assert all(p.is_contiguous(memory_format=torch.channels_last) == channels_last
                    for p in kernels)
-        batch = task.draw(0, slice(None), BatchRandom("data", batch_size=2))
+        batch = task.load(store, np.arange(2), BatchRandom("data", batch_size=2))
         losses.append(state.compute_gradients(0, batch, task.loss).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -199,3 +199,33 @@ def test_the_upsampler_sees_the_place_that_it_draws(store):
     batch["t"] = torch.zeros(4, dtype=torch.long)  # hardly any noise
     task.loss(keep, batch, BatchRandom("noise", batch_size=4))
     assert torch.nn.functional.cosine_similarity(*seen).min() > 0.5
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_pictures_that_a_gpu_holds_give_the_batch_of_those_on_disk(number, monkeypatch):
+    def draw():
+        task = UnetTask(number, TOY.decoder, Accelerator(cpu=True), RandomStore())
+        batch = task.load(task.train_store, np.array([3, 0, 5]), BatchRandom("data", batch_size=3))
+        return batch.keys() - {"index", "corner", "image_embed"}, task.complete(
+            dict(batch), task.train_store)
+    read, wanted = draw()
+
+    def hold(store, size, device):
+        pictures = store.images if size == 256 else store.load_small_images(size)
+        return torch.from_numpy(pictures)
+    monkeypatch.setattr("dalle2.tasks.load_pictures", hold)
+    copied, found = draw()
+    assert read == ({"image"} if number == 1 else {"image", "lowres_cond_img"}) and not copied
+    assert found.keys() == wanted.keys() and found["image"].shape[-1] == (32, 64)[number - 1]
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_the_prior_draws_for_a_slice_of_the_validation_pictures_at_a_time():
+    config = replace(TOY.prior, sample_timesteps=1)
+    store = RandomStore(ROWS + 2)
+    task = PriorTask(config, Accelerator(cpu=True), store, store)
+    prior, rows = build_prior(config, D), []
+    prior.register_forward_pre_hook(lambda prior, args: rows.append(len(args[0])))
+    assert task.predict(prior).shape == (ROWS + 2, D)
+    assert rows == [config.num_candidates * ROWS, config.num_candidates * 2]

@@ -35,17 +35,13 @@ def test_min_snr_bounds_the_weight_of_x_start(objective):
     """In terms of the error of x_start, every parametrisation weighs min(SNR, gamma)."""
     diffusion = Diffusion(1000, "cosine", min_snr_gamma=5.0, objective=objective)
     t = torch.arange(10, 990, 50)
-    snr = (diffusion.alpha[t] / diffusion.sigma[t]) ** 2
     x, noise = torch.randn(len(t), 4), torch.randn(len(t), 4)
-    x_t = diffusion.q_sample(x, t, noise)
+    x_t, (alpha, sigma) = diffusion.q_sample(x, t, noise), diffusion.coefficients(t, x)
     # a prediction whose x_start is off by one everywhere
-    if objective == "v":
-        wrong = (diffusion.alpha[t][:, None] * x_t - (x + 1)) / diffusion.sigma[t][:, None]
-    elif objective == "x_start":
-        wrong = x + 1
-    else:
-        wrong = (x_t - diffusion.alpha[t][:, None] * (x + 1)) / diffusion.sigma[t][:, None]
+    wrong = {"v": (alpha * x_t - (x + 1)) / sigma, "x_start": x + 1,
+             "noise": (x_t - alpha * (x + 1)) / sigma}[objective]
     loss = diffusion.loss(lambda *_: wrong, x, t, noise)
+    snr = (alpha / sigma).flatten() ** 2
     torch.testing.assert_close(loss, snr.clamp(max=5.0), rtol=2e-2, atol=1e-3)
 
 

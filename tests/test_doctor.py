@@ -85,11 +85,10 @@ def test_as_many_rows_are_timed_as_pay(monkeypatch, cost, most, told):
 
 
 def test_training_time_counts_rows_updates_and_devices(monkeypatch, capsys):
-    train = replace(PRESETS["toy"].prior.train, num_steps=3600, batch_size=100,
-                    device_batch_size=20)
-    preset = replace(PRESETS["toy"], prior=replace(PRESETS["toy"].prior, train=train),
+    prior, asked = PRESETS["toy"].prior, []
+    train = replace(prior.train, num_steps=3600, batch_size=100, device_batch_size=20)
+    preset = replace(PRESETS["toy"], prior=replace(prior, train=train),
                      decoder=DecoderConfig(unets=()))
-    asked = []
     monkeypatch.setattr(doctor, "time_step", lambda *args: asked.append(args[-1]) or (8, 0.4, 0.5))
     for devices, most, hours in ((0, 20, "5.5"), (4, 20, "1.8")):
         monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)

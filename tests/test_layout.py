@@ -53,17 +53,6 @@ def test_a_library_has_one_importer_and_an_entry_script_none():
         assert not names & {"train_prior", "train_decoder", "train_clip", "test_dalle2"}, path
 
 
-def test_what_a_benchmark_imports_is_there():
-    """Most of them take too long to be run by a test."""
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "dalle2":
-                module = importlib.import_module(node.module)
-                for alias in node.names:
-                    assert hasattr(module, alias.name) or importlib.util.find_spec(
-                        f"{node.module}.{alias.name}"), f"{path}: {node.module}.{alias.name}"
-
-
 def test_scripts_are_posix_sh():
     for path in ROOT.glob("*/*.sh"):
         text = path.read_text()

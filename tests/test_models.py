@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from helpers import NO_CLIP, TOY, D, make_network
+from helpers import NO_CLIP, TOY, D, build_network, make_network
 from torch._dynamo.testing import CompileCounter
 
 from dalle2.checkpoint import load_export
 from dalle2.config import PRESETS
 from dalle2.errors import UserError
 from dalle2.fast_modules import restore_modules
-from dalle2.models import build_prior, build_unet, save_decoder_stage
+from dalle2.models import build_prior, build_unet, list_blocks, save_decoder_stage
 
 DROP = {"prior": "text_cond_drop_prob", "unet1": "image_cond_drop_prob"}
 
@@ -57,6 +57,16 @@ def test_the_prior_equals_the_stock_one_forward_and_backward(drop, changes):
     kwargs["text_encodings"][:, -2:] = 0
     assert_same(run(fast, *args, **kwargs, text_cond_drop_prob=torch.full((3,), drop)),
                 run(stock, *args, **kwargs, text_cond_drop_prob=drop))
+
+
+@pytest.mark.parametrize("name", ["prior", "unet1", "unet2"])
+def test_most_weights_are_gathered_block_by_block(name):
+    """Where processes share a network out."""
+    with torch.device("meta"):
+        network = build_network(PRESETS["base"], name, 768)
+    total, *sizes = (sum(weight.numel() for weight in part.parameters())
+                     for part in (network, *list_blocks(network)))
+    assert sum(sizes) > (0.75 if name == "prior" else 0.95) * total and max(sizes) < 0.15 * total
 
 
 def test_a_caption_read_once_serves_every_call_of_the_prior():

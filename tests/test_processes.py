@@ -10,11 +10,12 @@ import time
 import psutil
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, TOY, build_network, run_in_processes
 from safetensors.torch import load_file
 
 from dalle2.logger import read_metrics
-from dalle2.sharding import CAN_SHARD_ON_CPU
+from dalle2.models import list_blocks
+from dalle2.sharding import CAN_SHARD_ON_CPU, gather_state, load_module, shard
 
 pytestmark = pytest.mark.slow
 
@@ -117,3 +118,23 @@ def test_a_network_shared_out_trains_as_a_whole_one(tmp_path, data_flags, clip_p
             assert row.keys() == other.keys()
             for value in {"loss", "grad_norm", "val_loss", "val_loss_raw"} & row.keys():
                 assert row[value] == pytest.approx(other[value], rel=1e-3), (value, row["step"])
+
+
+@pytest.mark.parametrize("name", ["prior", "unet1", "unet2"])
+def test_two_processes_hold_half_each_and_gather_the_whole(name, tmp_path):
+    run_in_processes(check_share, tmp_path, name)
+
+
+def check_share(rank, folder, name):
+    torch.manual_seed(0)
+    network = build_network(TOY, name)
+    whole = {key: value.clone() for key, value in network.state_dict().items()}
+    held = sum(param.numel() for param in network.parameters())
+    shard(network, list_blocks(network), torch.device("cpu"))
+    share = sum(param.to_local().numel() for param in network.parameters()) / held
+    assert 0.47 < share < 0.53, share
+    gathered = gather_state(network.state_dict())
+    assert all(torch.equal(value, gathered[key]) for key, value in whole.items())
+    load_module(network, {key: 2 * value for key, value in whole.items()})
+    gathered = gather_state({"nested": [network.state_dict()]})["nested"][0]
+    assert all(torch.equal(2 * value, gathered[key]) for key, value in whole.items())

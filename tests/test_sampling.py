@@ -11,7 +11,6 @@ from dalle2.config import PRESETS
 from dalle2.diffusion import Diffusion
 from dalle2.fast_modules import Prefix
 from dalle2.models import build_unet
-from dalle2.rowwise import in_groups
 from dalle2.sampling import SampleOptions, build_stages, compute_levels, sample_image_embed
 
 MEAN, SPREAD = 0.7, 0.3
@@ -112,44 +111,44 @@ def test_guidance_extrapolates_in_one_call_and_costs_nothing_at_one():
         assert (sampling.guide(rows + 1 - drop[:, None], scale) == wanted).all()
 
 
-def test_guidance_of_the_prior_keeps_the_noised_embedding():
-    seen = []
+class LinearPrior:
+    """Its estimates: text and noise, half and half, the text's part gone where it is dropped."""
 
-    class Prior:
-        def read_text(self, text_embed, text_encodings, drop):
-            assert drop.tolist() == [0, 0, 1, 1] and torch.equal(text_embed[:2], text_embed[2:])
-            return Prefix(1, [(drop[:, None, None], drop[:, None, None])])
+    def __init__(self):
+        self.seen = []
 
-        def __call__(self, x_t, t, prefix):
-            assert prefix.keys_values[0][0].flatten().tolist() == [0] * 4 + [1] * 4
-            seen.append(x_t)
-            return x_t
-    config = PRESETS["toy"].prior
-    embed = sample_image_embed(Prior(), config, torch.randn(2, 8), torch.randn(2, 5, 8), [1, 2],
-                               SampleOptions(cond_scale=2.0, sample_timesteps=3))
-    assert len(seen) == 3
-    for x_t in seen:  # two captions with two candidates each, and once more without text
+    def read_text(self, text_embed, text_encodings, drop):
+        return Prefix(1, [(text_embed[:, None] * (1 - drop[:, None, None]), text_encodings)])
+
+    def __call__(self, x_t, t, prefix):
+        text = prefix.keys_values[0][0][:, 0]
+        self.seen.append((x_t, text))
+        return F.normalize(x_t, dim=-1) + text
+
+
+def test_guidance_of_the_prior_drops_the_text_and_keeps_the_noised_embedding():
+    prior, text_embed = LinearPrior(), torch.randn(2, 8)
+    embed = sample_image_embed(prior, PRESETS["toy"].prior, text_embed, torch.randn(2, 5, 8),
+                               [1, 2], SampleOptions(cond_scale=2.0, sample_timesteps=3))
+    assert len(prior.seen) == 3
+    for x_t, text in prior.seen:  # two captions, two candidates each, and once more without text
         assert torch.equal(x_t[:4], x_t[4:]) and x_t.abs().sum() > 0
+        assert torch.equal(text[:4], text_embed[[0, 0, 1, 1]]) and not text[4:].any()
     torch.testing.assert_close(embed.norm(dim=-1), torch.ones(2))
 
 
 def test_the_candidate_nearest_to_the_text_is_kept_and_depends_on_its_seed_alone():
-    class Prior:  # its estimates: text and noise, half and half
-        def read_text(self, text_embed, text_encodings, drop):
-            return Prefix(1, [(text_embed[:, None], text_encodings)])
-
-        def __call__(self, x_t, t, prefix):
-            return F.normalize(x_t, dim=-1) + prefix.keys_values[0][0][:, 0]
     text = F.normalize(torch.randn(3, 8), dim=-1), torch.randn(3, 5, 8)
 
     def sample(rows, **options):
-        return sample_image_embed(Prior(), PRESETS["toy"].prior, *(part[rows] for part in text),
-                                  [1, 2, 3][rows], SampleOptions(sample_timesteps=2, **options))
+        return sample_image_embed(
+            LinearPrior(), PRESETS["toy"].prior, *(part[rows] for part in text), [1, 2, 3][rows],
+            SampleOptions(sample_timesteps=2, **options))
     every = slice(None)
-    cosine = {count: (sample(every, num_candidates=count) * text[0]).sum(-1)
-              for count in (1, 2, 8)}
-    assert (cosine[1] <= cosine[2]).all() and (cosine[2] <= cosine[8]).all()
-    assert cosine[1].mean() + 0.01 < cosine[8].mean() and (cosine[1] > 0.3).all()
+    one, two, eight = ((sample(every, num_candidates=count) * text[0]).sum(-1)
+                       for count in (1, 2, 8))
+    assert (one <= two).all() and (two <= eight).all() and (one > 0.3).all()
+    assert one.mean() + 0.01 < eight.mean()
     assert torch.equal(sample(every), sample(every, num_candidates=2))  # the config's
     for row in range(3):
         torch.testing.assert_close(sample(slice(row, row + 1)), sample(every)[row:row + 1])
@@ -189,14 +188,3 @@ def test_a_picture_depends_on_its_seed_alone_and_the_upsampler_is_not_guided():
     assert together.shape == (3, 3, 256, 256) and 0 <= together.min() and together.max() <= 1
     assert torch.equal(together[1:2], alone)
     assert (together[1] - together[0]).abs().mean() > 1e-3
-
-
-def test_groups_are_filled_up_and_cut_again():
-    seen = []
-
-    def double(x, names, *, factor):
-        seen.append((x.flatten().tolist(), names))
-        return x * factor, x
-    found = in_groups(double, 2)(torch.arange(3.0)[:, None], ["a", "b", "c"], factor=2)
-    assert [part.flatten().tolist() for part in found] == [[0, 2, 4], [0, 1, 2]]
-    assert seen == [([0, 1], ["a", "b"]), ([2, 2], ["c", "c"])]

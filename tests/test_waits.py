@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import TOY, D, RandomStore
+from helpers import TOY, RandomStore, build_network
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle2.clip import build_clip
-from dalle2.models import build_prior, build_unet
 from dalle2.rng import BatchRandom
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
 from dalle2.train_state import TrainState
@@ -42,11 +41,10 @@ def make_step(name, device):
     accelerator, store = Accelerator(cpu=device == "cpu"), RandomStore()
     if name == "clip":
         task, module = ClipTask(TOY.clip, accelerator, store), build_clip(TOY.clip)
-    elif name == "prior":
-        task, module = PriorTask(TOY.prior, accelerator, store), build_prior(TOY.prior, D)
     else:
-        task = UnetTask(int(name[-1]), TOY.decoder, accelerator, store)
-        module = build_unet(task.config, task.unet_number, D)
+        module = build_network(TOY, name)
+        task = PriorTask(TOY.prior, accelerator, store) if name == "prior" else UnetTask(
+            int(name[-1]), TOY.decoder, accelerator, store)
     batch = task.load(store, np.arange(B), BatchRandom("data", batch_size=B))
     if device == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
