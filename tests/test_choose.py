@@ -36,9 +36,8 @@ def folder(noisy_clip_path, tmp_path_factory):
     torch.manual_seed(1)  # with others the export may be the best
     for run_dir, network, config in ((folder, build_prior(PRIOR, D), PRIOR),
                                      (folder / "unet1", build_unet(UNETS[0], 1, D), UNETS[0])):
-        averages, header = PowerAverages(network), {"config": config_to_dict(config)}
-        if config is UNETS[0]:
-            header["lowres_size"] = 0
+        averages = PowerAverages(network)
+        header = {"config": config_to_dict(config), "lowres_size": 0}  # the latter of a stage
         for step in (1, 2, 3, 4):
             with torch.no_grad():
                 for param in averages.params:

@@ -27,18 +27,6 @@ from dalle2.tasks import PriorTask
 from dalle2.train_loop import check_same_run
 
 
-@pytest.fixture(scope="module")
-def checkpoints(clip_path, tmp_path_factory):
-    """Folder with untrained exports of the toy preset."""
-    folder = tmp_path_factory.mktemp("ckpt")
-    write_checkpoints(folder, clip_path)
-    clip = read_export_header(folder / "prior.safetensors", "prior")["clip"]
-    write_decoder(folder / "half.safetensors", clip, (TOY.decoder.unets[0], None))
-    write_clip(folder / "other_clip.safetensors", seed=1)
-    (folder / "broken.safetensors").write_bytes(b"not a checkpoint")
-    return folder
-
-
 @pytest.mark.parametrize("script, flags, message", [
     ("prior", ["--train_img_path", "no/such"], "--train_img_path: no such folder: no/such"),
     ("prior", ["--train_annot_path", "README.md"],
@@ -97,17 +85,20 @@ def test_a_run_is_not_resumed_on_another_data_set(tmp_path):
         check_same_run(before, other, tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"--prior_ckpt": "decoder"}, "--prior_ckpt: .* is a decoder export, a prior export is needed"),
-    ({"--decoder_ckpt": "broken"}, "--decoder_ckpt: .* is no export of this project"),
-    ({"--decoder_ckpt": "half"}, "--decoder_ckpt: stage 2 is not trained yet"),
-    ({"--clip_pretrained": "other_clip"}, "--clip_pretrained: .* is not the CLIP")])
-def test_rendering_refuses_the_wrong_checkpoint(run_script, checkpoints, tmp_path, change, message):
-    files = {"--prior_ckpt": "prior", "--decoder_ckpt": "decoder"} | change
-    flags = [x for flag, name in files.items()
-             for x in (flag, checkpoints / f"{name}.safetensors")]
-    check_refused(run_script("test_dalle2.py", "--prompt", "a red bus", "--output_dir",
-                             tmp_path / "r", *flags), message)
+def test_rendering_refuses_the_wrong_checkpoint(run_script, clip_path, tmp_path):
+    flags = write_checkpoints(tmp_path, clip_path)
+    clip = read_export_header(tmp_path / "prior.safetensors", "prior")["clip"]
+    write_decoder(tmp_path / "half", clip, (TOY.decoder.unets[0], None))
+    write_clip(tmp_path / "other_clip", seed=1)
+    (tmp_path / "broken").write_bytes(b"not a checkpoint")
+    for flag, name, message in (
+            ("prior_ckpt", "decoder.safetensors", "is a decoder export, a prior export is needed"),
+            ("decoder_ckpt", "broken", "is no export of this project"),
+            ("decoder_ckpt", "half", "stage 2 is not trained yet"),
+            ("clip_pretrained", "other_clip", "is not the CLIP")):
+        check_refused(run_script("test_dalle2.py", *flags, f"--{flag}", tmp_path / name, "--prompt",
+                                 "a red bus", "--output_dir", tmp_path / "r"),
+                      f"--{flag}: .*{message}")
     assert not (tmp_path / "r").exists()
 
 

@@ -145,8 +145,7 @@ def test_dropped_words_leave_start_and_end_token():
         seen.append(text_tokens)
         return torch.eye(200), torch.eye(200), torch.tensor(1.0)
     task.loss(module, batch, BatchRandom(0, batch_size=200))
-    special = (text_tokens == task.tokenizer.sot_token_id) | (
-        text_tokens == task.tokenizer.eot_token_id)
+    special = (text_tokens == START) | (text_tokens == END)
     assert torch.equal(seen[0][special], text_tokens[special])
     is_word = ~special & (text_tokens != 0)
     assert 0.4 < (seen[0][is_word] == 0).float().mean() < 0.6

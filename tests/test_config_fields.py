@@ -93,13 +93,6 @@ def test_training(field, tmp_path, seen):
         assert_changes(seen, "train", run, config, replace(config, **{field: TRAIN[field]}))
 
 
-def test_mixed_precision():
-    for name in ("no", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        assert cli.build_accelerator(name).mixed_precision == name
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_channels_last(store):
     """Kernels lie with their channels innermost; the loss stays what it was."""
     task, losses = UnetTask(1, TOY.decoder, Accelerator(cpu=True), store), []
@@ -116,7 +109,10 @@ def test_channels_last(store):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_what_does_not_go_with_fsdp_is_refused(monkeypatch):
+def test_precision_is_accelerates_and_what_does_not_go_with_fsdp_is_refused(monkeypatch):
+    for name in ("bf16", "no"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.build_accelerator(name).mixed_precision == name
     for other in ({"compile": True}, {"mixed_precision": "fp16"}):
         with pytest.raises(UserError, match="fsdp: goes with neither"):
             kinds.validate_config(replace(CONFIG, fsdp=True, **other))
@@ -189,7 +185,7 @@ def test_decoder(number, field, seen, store):
 def test_the_upsampler_sees_the_place_that_it_draws(store):
     """Where target and condition are cut out at different corners, little can be learned."""
     upsampler, seen = replace(TOY.decoder.unets[1], lowres_noise_max_level=0), []
-    task = UnetTask(2, kinds.DecoderConfig(unets=(TOY.decoder.unets[0], upsampler)),
+    task = UnetTask(2, replace(TOY.decoder, unets=(TOY.decoder.unets[0], upsampler)),
                     Accelerator(cpu=True), store)
 
     def keep(x_t, t, *, lowres_cond_img, lowres_noise_level):

@@ -20,15 +20,14 @@ BYTES = random.Random(0).randbytes(300_000)
 
 
 def make_zip(members):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    return buffer.getvalue()
+    with zipfile.ZipFile(content := io.BytesIO(), "w") as file:
+        for name, part in members.items():
+            file.writestr(name, part)
+    return content.getvalue()
 
 
 def make_coco():
-    """{path on the server: bytes} of a COCO 2014 of 30 + 20 photos."""
+    """{path on the server: bytes} of a COCO 2014 of 30 + 20 photos, five captions each."""
     files, annotations = {}, {}
     for split, count in (("train", 30), ("val", 20)):
         names = [f"COCO_{split}2014_{i:012d}.jpg" for i in range(count)]
@@ -38,40 +37,29 @@ def make_coco():
         files[f"/zips/{split}2014.zip"] = make_zip(photos)
         annotations[f"annotations/captions_{split}2014.json"] = json.dumps({
             "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
-            "annotations": [{"id": 10 * i + k, "image_id": i, "caption": f"caption {k} of {i}"}
-                            for i in range(count) for k in range(5)]})
-    files["/annotations/annotations_trainval2014.zip"] = make_zip(annotations)
-    return files
+            "annotations": [{"id": i, "image_id": i // 5, "caption": f"caption {i}"}
+                            for i in range(5 * count)]})
+    return files | {"/annotations/annotations_trainval2014.zip": make_zip(annotations)}
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, body = self.server, self.server.files.get(self.path)
-        if server.failures:
-            return self.send_error(server.failures.pop(0))
-        if body is None:
-            return self.send_error(404)
-        start = self.find_start()
+        if server.failures or body is None:
+            return self.send_error(server.failures.pop(0) if server.failures else 404)
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        unchanged = self.headers.get("If-Range") in (None, server.etag)
+        start = int(asked[1]) if asked and server.ranges and unchanged else 0
         server.starts.append(start)
         self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", str(len(body) - start))
+        for name, value in (("ETag", server.etag), ("Content-Length", len(body) - start), (
+                "Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}" if start else None)):
+            if value:
+                self.send_header(name, str(value))
         self.end_headers()
-        rest = body[start:]
-        if server.cuts:
-            server.cuts -= 1
-            rest = rest[:len(rest) // 2]
-        self.wfile.write(rest)
-
-    def find_start(self):
-        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        condition = self.headers.get("If-Range")
-        if not asked or not self.server.ranges or condition not in (None, self.server.etag):
-            return 0
-        return int(asked.group(1))
+        end = len(body) if not server.cuts else (start + len(body)) // 2
+        server.cuts -= bool(server.cuts)
+        self.wfile.write(body[start:end])
 
     def log_message(self, *args):
         pass
@@ -85,9 +73,9 @@ def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.etag, server.cuts, server.failures = {"/x": BYTES}, '"1"', 0, []
     server.ranges, server.starts = True, []
+    server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
     server.shutdown()
     thread.join()
@@ -216,10 +204,9 @@ def test_a_small_real_set_and_then_everything(server, tmp_path):
     assert_complete(server, tmp_path, {"train": 30, "val": 20})
 
 
-def test_what_is_missing_or_no_jpeg_is_one_line(server, tmp_path):
-    server.files = make_coco()
-    server.files["/val2014/COCO_val2014_000000000003.jpg"] = b"<html>sorry</html>"
+def test_what_is_no_jpeg_is_one_line(server, tmp_path):
+    server.files, name = make_coco(), "val2014/COCO_val2014_000000000003.jpg"
+    server.files[f"/{name}"] = b"<html>sorry</html>"
     code, _, err = run_cli(server, tmp_path, "--max_images", "5", "--splits", "val")
-    assert code == 1 and "COCO_val2014_000000000003.jpg: the server does not send a complete" in err
-    assert err.count("\n") == 1
-    assert not (tmp_path / "val2014/COCO_val2014_000000000003.jpg").exists()
+    assert code == 1 and not (tmp_path / name).exists() and err.count("\n") == 1
+    assert "COCO_val2014_000000000003.jpg: the server does not send a complete" in err

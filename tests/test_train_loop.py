@@ -207,6 +207,12 @@ def loss_of_noise(module, batch, random):
     return module(batch["x"] + random.randn(3)).square().mean(1)
 
 
+def assert_same_training(one, other, rel):
+    for row, again in zip(one, other, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert row[name] == pytest.approx(again[name], rel=rel)
+
+
 @pytest.mark.slow
 def test_two_processes_resume_alike_and_take_the_rows_that_the_smaller_one_can(tmp_path, capfd):
     """Each has a run folder of its own at first, and only the first one's holds checkpoints; then
@@ -216,38 +222,31 @@ def test_two_processes_resume_alike_and_take_the_rows_that_the_smaller_one_can(t
         (tmp_path / "meet").unlink(missing_ok=True)
     assert capfd.readouterr().out.count("out of memory with 2 rows at a time: now 1") == 1
     assert not (tmp_path / "machine1" / "checkpoints").exists()
-    for steps in (4, 8):
-        *_, whole = run_training(tmp_path / "one", replace(CONFIG, num_steps=steps))
+    train_in_parts(1, tmp_path)
     *_, large = run_training(tmp_path / "large", module=SmallDevice(4), loss=loss_of_noise)
-    for alone, folder in ((whole, "machine0"), (large, "small")):
-        both = read_metrics(tmp_path / folder / "metrics.jsonl")
-        for one, other in zip(alone, both, strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for alone, folder in ((read_metrics(tmp_path / "machine1" / "metrics.jsonl"), "machine0"),
+                          (large, "small")):
+        assert_same_training(alone, read_metrics(tmp_path / folder / "metrics.jsonl"), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------
 # guards, the best checkpoint, lack of memory
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
+def test_a_step_without_a_finite_gradient_changes_nothing_and_twenty_end_the_run(tmp_path):
     """Neither by AdamW nor by Muon, which has the middle layer's weight."""
     weights = []
 
-    def compute_loss(module, batch, random):
+    def loss(module, batch, random):
         weights.append([p.detach().clone() for p in module.parameters()])
-        loss = module(batch["x"]).square().mean(1)
-        return loss * float("nan") if len(weights) == 4 else loss
-    *_, metrics = run_training(tmp_path, replace(CONFIG, muon_lr=0.02), loss=compute_loss)
+        return module(batch["x"]).square().mean(1) * (float("nan") if len(weights) == 4 else 1)
+    *_, metrics = run_training(tmp_path / "a", replace(CONFIG, muon_lr=0.02), loss=loss)
     assert [m["step"] for m in metrics if m.get("skipped")] == [4]
     for before, after, later in zip(weights[3], weights[4], weights[5]):
         assert torch.equal(before, after) and torch.isfinite(later).all()
     assert not all(torch.equal(a, b) for a, b in zip(weights[4], weights[5]))
-
-
-def test_a_run_that_never_has_a_finite_gradient_stops_with_a_word(tmp_path):
     with pytest.raises(UserError, match="lr: .* no finite gradient in 20 steps up to step 20"):
-        run_training(tmp_path, replace(CONFIG, num_steps=60, save_every=100),
+        run_training(tmp_path / "b", replace(CONFIG, num_steps=60, save_every=100),
                      loss=lambda m, b, r: m(b["x"]).mean(1) * float("inf"))
 
 
@@ -303,9 +302,7 @@ def test_where_memory_runs_out_rows_are_halved_and_the_step_is_repeated(tmp_path
     _, _, parts = run_training(tmp_path / "b", config, small, loss=loss_of_noise)
     assert small.seen == since * [7] + [7, 4] + (8 - since) * [2, 2, 2, 1]
     assert capsys.readouterr().out.count("out of memory with") == 2
-    for one, other in zip(whole, parts, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    assert_same_training(whole, parts, rel=1e-5)
 
 
 def test_a_step_of_two_optimizers_updates_the_scaler_once():
@@ -328,7 +325,7 @@ def test_a_step_of_two_optimizers_updates_the_scaler_once():
 def test_batches_are_drawn_ahead_no_further_and_noise_is_new_at_each_step(tmp_path):
     drawn, ahead, noises = [], [], set()
 
-    def compute_loss(module, batch, random):
+    def loss(module, batch, random):
         time.sleep(0.02)
         ahead.append(len(drawn) - len(ahead))
         noises.add(random.randn(3).sum().item())
@@ -337,6 +334,6 @@ def test_batches_are_drawn_ahead_no_further_and_noise_is_new_at_each_step(tmp_pa
     def draw(step, rows, random):
         drawn.append(threading.current_thread())
         return {"x": random.rand(3)}
-    run_training(tmp_path, replace(CONFIG, num_steps=12), draw=draw, loss=compute_loss)
+    run_training(tmp_path, replace(CONFIG, num_steps=12), draw=draw, loss=loss)
     assert max(ahead) == BATCHES_AHEAD + 1 and threading.main_thread() not in drawn
-    assert len(noises) == 12  # each step has its own
+    assert len(noises) == 12
