@@ -1,16 +1,13 @@
 """Fixtures: a small toy data set, an untrained CLIP of its own kind, and the command line."""
 
-import os
-import runpy
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import toy_coco
-from helpers import ROOT, name_data, write_clip
+from helpers import ROOT, name_data, run_script, write_clip
 
 CHROMIUM = "chromium", "chromium-browser", "google-chrome"
 
@@ -69,16 +66,6 @@ def data_flags(toy, store_dir):
     return [*name_data(toy), "--num_val_images", "16", "--store_dir", str(store_dir)]
 
 
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    """run_script("train_prior.py", "--flag", ...) -> (exit code, stdout, stderr), in process."""
-    def run(script, *flags):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        return code, *capsys.readouterr()
-    return run
+@pytest.fixture(name="run_script")
+def give_run_script():
+    return run_script

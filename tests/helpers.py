@@ -191,13 +191,23 @@ def enter_process(rank, processes, function, folder, *args):
         torch.distributed.destroy_process_group()
 
 
-def call(script, *flags):
-    """Runs a Python script of the repository in this process; returns what it printed."""
-    printed = io.StringIO()
+def run_script(script, *flags):
+    """A Python script of the repository, run in this process -> (exit code, stdout, stderr)."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
     with patch.object(sys, "argv", [script, *map(str, flags)]), \
-            contextlib.redirect_stdout(printed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    return printed.getvalue()
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def call(script, *flags):
+    """What a script printed that ended well."""
+    code, out, err = run_script(script, *flags)
+    assert code == 0, err
+    return out
 
 
 def check_refused(result, told):

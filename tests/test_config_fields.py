@@ -1,6 +1,8 @@
-"""Every field of the config changes something: each is walked, and what comes out is compared; and
-what a task draws and validates."""
+"""The configs: senseless values are named; every field changes something: each is walked, and what
+comes out is compared; what a task draws and validates."""
 
+import ast
+import json
 from dataclasses import fields, replace
 
 import numpy as np
@@ -8,12 +10,20 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from helpers import TOY, D, RandomStore, shake_module
+from helpers import ROOT, TOY, D, RandomStore, shake_module
 from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
 from dalle2 import config as kinds
 from dalle2.clip import build_clip
+from dalle2.config import (
+    PRESETS,
+    Preset,
+    PriorConfig,
+    config_from_dict,
+    config_to_dict,
+    validate_config,
+)
 from dalle2.errors import UserError
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
@@ -22,6 +32,41 @@ from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
 from dalle2.train_state import TrainState
 from dalle2.validation import ROWS
+
+
+def test_every_field_is_read_somewhere():
+    paths = {*ROOT.glob("*.py"), *ROOT.glob("dalle2/*.py")} - {ROOT / "dalle2" / "config.py"}
+    read = {node.attr for path in paths for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    for kind in (kinds.TrainConfig, kinds.ClipConfig, PriorConfig, kinds.UnetConfig):
+        assert {item.name for item in fields(kind)} <= read
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    preset = PRESETS[name]
+    validate_config(preset)
+    assert config_from_dict(Preset, json.loads(json.dumps(config_to_dict(preset)))) == preset
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"depht": 3}, "depht"), ({"train": [1]}, "TrainConfig"), ({"depth": "4"}, "depth"),
+    ({"depth": 4.0}, "depth"), ({"depth": True}, "depth"), ({"depth": None}, "depth"),
+    ({"normformer": 1}, "normformer"), ({"beta_schedule": "sine"}, "beta_schedule"),
+    ({"depth": 0}, "depth: 0 must be positive"), ({"cond_scale": float("nan")}, "cond_scale"),
+    ({"depth": 2 ** 63}, "depth"), ({"text_cond_drop_prob": 1.0}, "must be below 1")])
+def test_senseless_values_are_named(changes, told):
+    with pytest.raises(UserError, match=told):
+        validate_config(config_from_dict(PriorConfig, {**config_to_dict(TOY.prior), **changes}))
+
+
+def test_a_missing_field_is_named_and_a_whole_number_is_a_number():
+    values = config_to_dict(TOY.prior)
+    assert config_from_dict(PriorConfig, {**values, "cond_scale": 2}).cond_scale == 2
+    del values["depth"]
+    with pytest.raises(UserError, match="missing fields .'depth'"):
+        config_from_dict(PriorConfig, values)
+
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
              warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
