@@ -4,26 +4,13 @@ from pathlib import Path
 
 from dalle2 import cli
 from dalle2.errors import UserError
-from dalle2.gallery import read_manifest, write_folder
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
-from dalle2.processes import join_processes
-from dalle2.render import (
-    add_caption_flags,
-    add_sample_flags,
-    find_nearest,
-    list_captions,
-    list_jobs,
-    pick_best,
-    read_options,
-    render_jobs,
-)
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    add_checkpoint_flags(parser)
-    add_caption_flags(parser)
-    add_sample_flags(parser)
+    cli.add_checkpoint_flags(parser)
+    cli.add_caption_flags(parser)
+    cli.add_sample_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default="result", help="folder for the pictures; an "
                         "interrupted call is resumed, pictures of earlier calls are kept")
@@ -40,6 +27,19 @@ def parse_args():
 
 def main():
     args = parse_args()
+    with cli.import_late():
+        from dalle2.gallery import read_manifest, write_folder
+        from dalle2.pipeline import load_pipeline
+        from dalle2.processes import join_processes
+        from dalle2.render import (
+            find_nearest,
+            list_captions,
+            list_jobs,
+            pick_best,
+            read_options,
+            render_jobs,
+        )
+
     join_processes()
     jobs = list_jobs(list_captions(args), args.seed, args.samples_per_prompt, args.output_dir)
     read_manifest(args.output_dir)  # raises, before anything is rendered, if it is damaged

@@ -1,19 +1,15 @@
-"""Trains a small CLIP from scratch, if no weights can be downloaded. Radford et al. 2021."""
-
-import torch
-from torch import nn
+"""Trains a small CLIP, if none can be downloaded that fits the data. Radford et al. 2021."""
 
 from dalle2 import cli
-from dalle2.clip import build_clip
 from dalle2.config import PRESETS, ClipConfig
 from dalle2.errors import UserError
-from dalle2.tasks import ClipTask
-from dalle2.train_loop import train
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
     cli.add_data_flags(parser)
+    parser.add_argument("--vision_weights", help="safetensors file of the weights that the tower "
+                        "of --vision_timm begins with (None: timm downloads them)")
     cli.add_train_flags(parser, ClipConfig, "output/clip")
     return parser.parse_args()
 
@@ -26,15 +22,24 @@ def main():
                         "in parts; choose a smaller --batch_size, or more devices",
                         "device_batch_size")
     cli.check_data(args)
+    with cli.import_late():
+        import torch
+
+        from dalle2.clip import build_clip, load_vision_weights
+        from dalle2.tasks import ClipTask
+        from dalle2.train_loop import train
 
     # ---- network
     torch.manual_seed(config.train.seed)
     model = build_clip(config)
     if args.dry_run:
         return cli.print_plan("clip", config, origins, model, cli.count_pictures(args))
+    if config.vision_timm:
+        load_vision_weights(model, config, args.vision_weights)
     accelerator = cli.build_accelerator(config.train.mixed_precision)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the global batch
+        # statistics of the global batch
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     # ---- data and training
     train_store, val_store = cli.open_stores(args)

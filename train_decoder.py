@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from dalle2 import cli
 from dalle2.config import PRESETS, DecoderConfig, UnetConfig
-from dalle2.models import build_unet, list_blocks
-from dalle2.tasks import UnetTask, collect_sample_embeds
-from dalle2.train_loop import train
 
 
 def parse_args():
@@ -28,6 +23,13 @@ def main():
     unets, origins = cli.build_unet_configs(args, PRESETS[args.preset].decoder.unets)
     numbers = [args.unet_number] if args.unet_number else range(1, len(unets) + 1)
     cli.check_data(args)
+    with cli.import_late():
+        import torch
+
+        from dalle2.models import build_unet, list_blocks
+        from dalle2.tasks import UnetTask, collect_sample_embeds
+        from dalle2.train_loop import train
+
     clip = cli.load_clip(args)
     if args.dry_run:
         for number in numbers:

@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from dalle2 import cli
 from dalle2.config import PRESETS, PriorConfig
-from dalle2.models import build_prior, list_blocks, load_prior
-from dalle2.tasks import PriorTask
-from dalle2.train_loop import train
 
 
 def parse_args():
@@ -23,9 +18,15 @@ def main():
     args = parse_args()
     config, origins = cli.build_config(args, PRESETS[args.preset].prior)
     cli.check_data(args)
-    clip = cli.load_clip(args)
+    with cli.import_late():
+        import torch
+
+        from dalle2.models import build_prior, list_blocks, load_prior
+        from dalle2.tasks import PriorTask
+        from dalle2.train_loop import train
 
     # ---- network
+    clip = cli.load_clip(args)
     torch.manual_seed(config.train.seed)
     prior = build_prior(config, clip.embed_dim)
     if args.dry_run:
@@ -39,9 +40,10 @@ def main():
     del clip  # frees its memory
 
     # ---- training
-    train(task=task, module=prior, run_dir=args.output_dir, accelerator=accelerator,
-          list_blocks=list_blocks, log_with=args.log_with)
-    if val_store and accelerator.is_main_process:
+    trained = train(task=task, module=prior, run_dir=args.output_dir, accelerator=accelerator,
+                    list_blocks=list_blocks, log_with=args.log_with)
+    has_card = (Path(args.output_dir) / "report_card.md").exists()
+    if val_store and accelerator.is_main_process and (trained or not has_card):
         best = load_prior(Path(args.output_dir) / "prior.safetensors")[0]
         task.write_report_card(best.to(accelerator.device))
 

@@ -24,7 +24,7 @@ from benchmarks.common import print_header, print_row
 from dalle2 import cli
 from dalle2.diffusion import Diffusion, build_diffusion
 from dalle2.images import load_image, resize
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 from dalle2.render import list_coco_captions
 from dalle2.sampling import (
     SAMPLERS,
@@ -77,7 +77,7 @@ def main():
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    add_checkpoint_flags(parser)
+    cli.add_checkpoint_flags(parser)
     parser.add_argument("--test_img_path", required=True, help="picture folder")
     parser.add_argument("--test_annot_path", required=True, help="COCO captions file")
     parser.add_argument("--num_images", type=cli.at_least(1), default=16,

@@ -25,9 +25,11 @@ from benchmarks.common import (
     time_in_turns,
 )
 from dalle2 import cli
+from dalle2.captions import CaptionedImage
 from dalle2.config import PRESETS
 from dalle2.data import Store
 from dalle2.models import build_prior, build_unet
+from dalle2.prepare import save_records
 from dalle2.rng import BatchRandom
 from dalle2.tasks import PriorTask, UnetTask
 from dalle2.train_state import TrainState
@@ -42,7 +44,7 @@ class EmptyStore(Store):
     """A store whose small pictures are a sparse file too, instead of being made from the large."""
 
     def load_small_images(self, size):
-        path = self.folder / f"images-{size}.npy"
+        path = self.folders[0] / f"images-{size}.npy"
         if not path.exists():
             np.lib.format.open_memmap(path, "w+", np.uint8, (len(self), 3, size, size))
         return np.load(path, mmap_mode="r")
@@ -70,13 +72,13 @@ def main():
 def build_store(folder, count):
     """A store of `count` black pictures, with captions and embeddings."""
     (folder / "images").mkdir(parents=True)
-    rows = [[number, f"{number}.jpg", ["a"] * 5] for number in range(count)]
-    (folder / "images" / "source.json").write_text("{}")
-    (folder / "images" / "images.json").write_text(json.dumps(rows))
+    (folder / "images" / "source.json").write_text(json.dumps({"annotations": "", "num_views": 1}))
+    save_records(folder / "images", [(CaptionedImage(number, "", f"{number}.jpg", ["a"] * 5),
+                                      [3 * 256 * 256]) for number in range(count)])
     with open(folder / "images" / "images.uint8", "wb") as file:
         file.truncate(count * 3 * 256 * 256)
     save_random_embeds(folder, count, 5 * count, EMBED_DIM, CAPTION_TOKENS, context_length=26)
-    return EmptyStore(folder, folder)
+    return EmptyStore([folder], "")
 
 
 def build_step(name, store, batch_size):

@@ -1,7 +1,9 @@
 """What the entry scripts share: flags, one-line errors, and opening data and CLIP by flag."""
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -12,6 +14,8 @@ from pathlib import Path
 from dalle2.config import (
     MAX_INT,
     PRESETS,
+    SAMPLER_NAMES,
+    THRESHOLDS,
     TrainConfig,
     config_from_dict,
     config_to_dict,
@@ -66,16 +70,32 @@ def run(main):
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def import_late():
+    """For the imports of an entry script that take seconds: torch and what stands on it. They come
+    after the flags, so that --help and a wrong flag are answered at once. The garbage collector
+    does not look at the half million objects that they leave, now or later or at the end of
+    the process: 1.7 s of 6."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def add_data_flags(parser):
     data = parser.add_argument_group("data")
-    data.add_argument("--train_img_path", default=f"{DATA_DIR}/train2014", help="picture folder")
-    data.add_argument("--train_annot_path", help="COCO captions file; an empty string: the "
-                      "captions are with the pictures (docs/data.md)",
-                      default=f"{DATA_DIR}/annotations/captions_train2014.json")
-    data.add_argument("--val_img_path", default=VAL_IMG_PATH, help="picture folder")
-    data.add_argument("--val_annot_path", help="COCO captions file; an empty string: the captions "
-                      "are with the pictures that --val_img_path names, or no validation",
-                      default=f"{DATA_DIR}/annotations/captions_val2014.json")
+    pictures = "picture folder, or tars of pictures and captions"
+    data.add_argument("--train_img_path", nargs="+", default=[f"{DATA_DIR}/train2014"],
+                      help=f"{pictures}; several are trained on together")
+    data.add_argument("--train_annot_path", nargs="+", help="COCO captions file, one for each of "
+                      "--train_img_path; an empty string: the captions are with the pictures "
+                      "(docs/data.md)", default=[f"{DATA_DIR}/annotations/captions_train2014.json"])
+    data.add_argument("--val_img_path", nargs="+", default=[VAL_IMG_PATH], help=pictures)
+    data.add_argument("--val_annot_path", nargs="+", help="COCO captions file; an empty string: "
+                      "the captions are with the pictures that --val_img_path names, or no "
+                      "validation", default=[f"{DATA_DIR}/annotations/captions_val2014.json"])
     data.add_argument("--num_val_images", type=at_least(1), default=512,
                       help="pictures to validate on, the first ones of the file")
     data.add_argument("--num_views", type=at_least(1), default=1,
@@ -138,6 +158,68 @@ def parse_bool(text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
 
 
+def add_checkpoint_flags(parser):
+    """The flags that `pipeline.load_pipeline` reads."""
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--model", help="a folder that dalle2.tools.publish made, or a model's name "
+                       "on the Hugging Face hub, in place of the files below")
+    group.add_argument("--prior_ckpt", default="output/prior/prior.safetensors",
+                       help="what train_prior.py exported")
+    group.add_argument("--decoder_ckpt", default="output/decoder/decoder.safetensors",
+                       help="what train_decoder.py exported")
+    group.add_argument("--clip_model", help="None: the CLIP that the checkpoints name")
+    group.add_argument("--clip_pretrained", help="None: the CLIP that the checkpoints name")
+    group.add_argument("--compile", action="store_true",
+                       help="the networks by torch.compile, after a minute or two at the start")
+
+
+def add_caption_flags(parser):
+    """The flags that `render.list_captions` and `render.list_jobs` read."""
+    group = parser.add_argument_group("what to render")
+    group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered; "
+                       "an empty string: the captions are with the pictures")
+    group.add_argument("--test_img_path", help="its pictures, for the gallery; needed by "
+                       "--init_from_true_embedding")
+    group.add_argument("--prompt", action="append", help="render this; may be repeated")
+    group.add_argument("--prompt_file", help="text file, a prompt a line")
+    group.add_argument("--num_images", type=at_least(1), default=50,
+                       help="how many pictures of the COCO file, the first ones, one caption each")
+    group.add_argument("--samples_per_prompt", type=at_least(1), default=1)
+    group.add_argument("--rerank", action="store_true",
+                       help="keep the one of --samples_per_prompt with the best CLIP score")
+    group.add_argument("--init_from_true_embedding", action="store_true",
+                       help="feed the decoder the true photo's embedding, to see it without prior")
+
+
+def add_sample_flags(parser):
+    """The flags that `render.read_options` reads, and more of how pictures are rendered."""
+    group = parser.add_argument_group("how (None: what the checkpoints' configs say)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--cond_scale", type=at_least(0.0),
+                       help="guidance of the decoder, 1 is none")
+    group.add_argument("--prior_cond_scale", type=at_least(0.0),
+                       help="guidance of the prior, 1 is none")
+    group.add_argument("--sample_timesteps", type=at_least(1), nargs="+",
+                       help="sampling steps: one number, or the prior's and each stage's")
+    group.add_argument("--num_candidates", type=at_least(1), help="image embeddings that the "
+                       "prior samples a caption, of which the nearest to it is kept")
+    group.add_argument("--lowres_noise_level", type=at_least(0), help="noise on the picture that "
+                       "an upsampler enlarges, of 1000: the more, the more it invents")
+    group.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0])
+    add_precision_flag(group)
+    group.add_argument("--thresholding", choices=THRESHOLDS, default=THRESHOLDS[0],
+                       help="of the decoder's estimates: clamped, or scaled a picture (Saharia "
+                       "2022)")
+    group.add_argument("--batch_size", type=at_least(1),
+                       help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
+
+
+def add_precision_flag(parser):
+    parser.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto",
+                        help="of the networks; auto: bf16 on a GPU that has it, fp16 on an older "
+                        "one, none on a CPU")
+
+
 def build_config(args, preset):
     """(config, origins): `preset`, a config with a field `train`, overridden by the file that
     --config names, overridden by flags; validated. origins {field: "preset", "file" or "flag"}."""
@@ -194,41 +276,50 @@ def print_plan(title, config, origins, module, pictures):
 
 def list_splits(args):
     """[(split, captions file or "", picture folder)] of what the flags name: train, and val unless
-    it is switched off."""
-    splits = [(split, getattr(args, f"{split}_annot_path"), getattr(args, f"{split}_img_path"))
-              for split in ("train", "val")]
-    validates = args.val_annot_path or args.val_img_path not in ("", VAL_IMG_PATH)
-    return splits if validates else splits[:1]
+    it is switched off. A split of several folders is there several times."""
+    splits = []
+    for split in ("train", "val"):
+        annots, images = (getattr(args, f"{split}_{name}_path") for name in ("annot", "img"))
+        if split == "val" and not any(annots) and images in ([""], [VAL_IMG_PATH]):
+            continue
+        annots = annots * len(images) if annots == [""] else annots
+        if len(annots) != len(images):
+            raise UserError(f"{len(annots)} captions files for {len(images)} picture folders; give "
+                            "one for each, an empty string where the captions are with the "
+                            "pictures", f"{split}_annot_path")
+        splits += [(split, annot, image) for annot, image in zip(annots, images)]
+    return splits
 
 
 def check_data(args):
     """Raises UserError where the data that the flags name does not exist; reads nothing large."""
+    from dalle2.captions import check_paths
     for split, annot, images in list_splits(args):
-        if not os.path.isdir(images):
-            raise UserError(f"no such folder: {images} (python data/coco_download.py fetches COCO)",
-                            f"{split}_img_path")
-        if annot and not os.path.isfile(annot):
-            raise UserError(f"no such file: {annot}", f"{split}_annot_path")
+        with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
+            check_paths(annot, images)
 
 
 def count_pictures(args):
     """Captioned pictures to train on."""
     from dalle2.captions import load_captions
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
-        return len(load_captions(args.train_annot_path, args.train_img_path))
+        return sum(len(load_captions(annot, images))
+                   for split, annot, images in list_splits(args) if split == "train")
 
 
 def open_stores(args, clip=None, **options):
     """(train Store, val Store or None), prepared now if they do not exist; `options` are those of
     prepare_store."""
+    from dalle2.data import Store
     from dalle2.prepare import prepare_store
-    stores = {"train": None, "val": None}
+    found = {"train": [], "val": []}
     own = {"train": {"num_views": args.num_views}, "val": {"max_images": args.num_val_images}}
     for split, annot, images in list_splits(args):
         with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
-            stores[split] = prepare_store(images, annot, args.store_dir, clip=clip, **own[split],
-                                          **options)
-    return stores["train"], stores["val"]
+            found[split].append(prepare_store(images, annot, args.store_dir, clip=clip,
+                                              **own[split], **options))
+    return [Store([folder for store in stores for folder in store.folders], stores[0].embed_name)
+            if stores else None for stores in found.values()]
 
 
 def load_clip(args):
@@ -247,42 +338,44 @@ def describe_clip(args, clip, output_dir=None):
 
 
 def pick_device():
+    """This process's GPU: of CUDA, or Apple's (mps); without one the CPU, which the environment
+    variable ACCELERATE_USE_CPU=true chooses in any case."""
     import torch
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) \
-        if torch.cuda.is_available() else torch.device("cpu")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def resolve_precision(mixed_precision):
-    """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a GPU that computes
-    in it, fp16 on one that only emulates it (before Ampere), "no" without a GPU. UserError on fp16
-    without one."""
+    """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a CUDA GPU that
+    computes in it, fp16 on one that only emulates it (before Ampere), "no" elsewhere. UserError on
+    fp16 without one."""
     import torch
-    has_gpu = torch.cuda.is_available()
-    if mixed_precision == "fp16" and not has_gpu:
-        raise UserError("fp16 needs a GPU; give no or bf16", "mixed_precision")
+    has_cuda = pick_device().type == "cuda"
+    if mixed_precision == "fp16" and not has_cuda:
+        raise UserError("fp16 needs a CUDA GPU; give no or bf16", "mixed_precision")
     if mixed_precision != "auto":
         return mixed_precision
-    if not has_gpu:
+    if not has_cuda:
         return "no"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-
-
-def add_precision_flag(parser):
-    parser.add_argument("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto",
-                        help="of the networks; auto: bf16 on a GPU that has it, fp16 on an older "
-                        "one, none on a CPU")
 
 
 def build_accelerator(mixed_precision):
     """accelerate.Accelerator for the devices of this launch and `resolve_precision`."""
     import torch
     from accelerate import Accelerator, DistributedType
-    mixed_precision = resolve_precision(mixed_precision)
-    if torch.cuda.is_available():
+    device, mixed_precision = pick_device(), resolve_precision(mixed_precision)
+    if device.type == "mps":
+        print("note: on Apple's GPU (mps) in fp32, which this project has not been tested on; "
+              "ACCELERATE_USE_CPU=true takes the CPU", flush=True)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32
         torch.backends.cudnn.benchmark = True  # the fastest convolution of each shape
     accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False,
-                              cpu=not torch.cuda.is_available())
+                              cpu=device.type == "cpu")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError("LAUNCH_ARGS: accelerate's FSDP and DeepSpeed plugins are not supported; "
                         "--fsdp shards the network among the processes of any other launch")

@@ -11,8 +11,10 @@ import os
 from functools import cached_property, lru_cache
 
 import open_clip
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -156,17 +158,56 @@ def _build_channels(values, device):
 
 
 def build_clip(config: ClipConfig):
-    """An untrained small CLIP: open_clip's model class with a ResNet image tower."""
-    model = open_clip.CLIP(
-        config.embed_dim,
-        dict(image_size=config.image_size, width=config.vision_width, head_width=32,
-             layers=config.vision_layers),
-        dict(context_length=config.context_length, vocab_size=49408, width=config.embed_dim,
-             heads=config.text_heads, layers=config.text_layers))
+    """An untrained small CLIP: open_clip's model class with a ResNet image tower, or timm's."""
+    vision = dict(width=config.vision_width, head_width=32, layers=config.vision_layers)
+    if config.vision_timm:
+        vision = dict(timm_model_name=config.vision_timm, timm_pool="avg", timm_proj="linear")
+    try:
+        model = open_clip.CLIP(
+            config.embed_dim, dict(image_size=config.image_size, **vision),
+            dict(context_length=config.context_length, vocab_size=49408, width=config.embed_dim,
+                 heads=config.text_heads, layers=config.text_layers))
+    except RuntimeError as error:
+        if not config.vision_timm:
+            raise
+        raise UserError(f"timm has no such network that can be used: {config.vision_timm} "
+                        f"({str(error).splitlines()[0]})", "vision_timm") from error
+    if config.vision_timm:
+        model.visual.image_mean, model.visual.image_std = find_mean_and_std(config)
+        if config.lock_vision:
+            model.visual.trunk = timm.layers.freeze_batch_norm_2d(
+                model.visual.trunk).requires_grad_(False)
     if config.logit_scale:
         model.logit_scale.data.fill_(math.log(config.logit_scale))
         model.logit_scale.requires_grad_(False)
     return model
+
+
+def load_vision_weights(model, config, path=None):
+    """Puts ImageNet weights into the timm image tower of what `build_clip` gave: those of a
+    safetensors file under timm's names, or timm's own, downloaded. Raises UserError where they
+    cannot be had or do not fit."""
+    tower = model.visual.trunk
+    if path:
+        with explain_damage(path):
+            state = load_file(path)
+            tower.load_state_dict({name: state[name] for name in tower.state_dict()})
+        return
+    try:
+        pretrained = timm.create_model(config.vision_timm, pretrained=True, num_classes=0)
+    except Exception as error:
+        raise UserError(f"timm's weights of {config.vision_timm} could not be downloaded "
+                        f"({str(error).splitlines()[0]:.200}); name a file of them",
+                        "vision_weights") from error
+    tower.load_state_dict(pretrained.state_dict(), strict=False)
+
+
+def find_mean_and_std(config: ClipConfig):
+    """By which a small CLIP's pictures are normalised, a number a channel each."""
+    if not config.vision_timm:
+        return CLIP_MEAN, CLIP_STD
+    pictures = timm.get_pretrained_cfg(config.vision_timm)
+    return pictures.mean, pictures.std
 
 
 def build_tokenizer(context_length):

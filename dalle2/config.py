@@ -12,6 +12,9 @@ from dataclasses import MISSING, dataclass, field, replace
 from dalle2.errors import UserError
 
 MAX_INT = 2 ** 63 - 1  # what a tensor's size or a seed can be
+# how dalle2.sampling can sample; the first of each is the default (docs/results.md, "Samplers")
+SAMPLER_NAMES = "dpmpp_2m", "ddim", "ddpm"
+THRESHOLDS = "static", "dynamic"
 
 
 def setting(default=MISSING, *, help, least=None, below=None, most=MAX_INT, choices=None):
@@ -59,13 +62,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """A small CLIP that train_clip.py trains (open_clip's model class, ResNet image tower)."""
+    """A small CLIP that train_clip.py trains (open_clip's model class)."""
 
     embed_dim: int = setting(help="size D of an embedding, and width of the text tower: the prior "
                              "needs them equal")
     image_size: int = setting(help="input side, pixels")
     vision_width: int = setting(help="channels of the first ResNet stage")
     vision_layers: tuple[int, ...] = setting(most=1000, help="blocks of the four ResNet stages")
+    vision_timm: str = setting("", help="timm's name of an image tower that begins with its "
+                               "ImageNet weights, such as resnet50, in place of the ResNet")
+    lock_vision: bool = setting(False, help="leave that tower as it is and train what is behind it "
+                                "and the text tower (Zhai et al. 2022, LiT)")
     text_layers: int = setting(most=1000, help="layers of the text transformer")
     text_heads: int = setting(help="its attention heads")
     context_length: int = setting(help="text positions L, start and end token included")
@@ -289,6 +296,8 @@ def validate_config(config):
     """Raises UserError naming the first field of `config` whose value makes no sense."""
     if getattr(config, "fsdp", False) and (config.compile or config.mixed_precision == "fp16"):
         raise UserError("goes with neither --compile nor --mixed_precision fp16", "fsdp")
+    if getattr(config, "lock_vision", False) and not config.vision_timm:
+        raise UserError("only a tower of --vision_timm has weights to keep", "lock_vision")
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         for part in value if isinstance(value, tuple) else (value,):

@@ -3,56 +3,113 @@
 `dalle2.prepare` makes a store; training and sampling read it here through memory maps.
 """
 
+import hashlib
 import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from dalle2.arrays import ByteRows, allow_open_files, join_arrays, join_starts
+from dalle2.errors import UserError
 from dalle2.files import build_once, read_source
 from dalle2.images import STORE_IMAGE_SIZE, cut_jpeg, decode_jpeg, resize
-from dalle2.rng import derive_seed
+from dalle2.rng import shuffle
 
 CROPS_AT_A_TIME = 8  # that a thread decodes
 
 
+class Record(NamedTuple):
+    """What a store keeps of a photo besides its pixels."""
+
+    image_id: int
+    file_name: str       # within its folder
+    captions: list[str]
+
+
 class Store:
     """A prepared data set of P photos, `num_views` pictures of each (N = P num_views in all), and M
-    captions, memory-mapped.
+    captions, in one or more shards, memory-mapped.
 
-    images (N, 3, 256, 256) uint8, those of photo i from i num_views on; image_ids, file_names,
-    captions: lists of P; caption_start (P + 1,): captions of photo i are rows caption_start[i] to
-    caption_start[i + 1] of text_tokens (M, L) and text_embed (M, D). image_embed (N, D).
-    text_encodings (tokens, D): caption j is rows token_start[j] to token_start[j + 1]. Embeddings
-    are there if `embed_folder` is.
+    images (N, 3, 256, 256) uint8, those of photo i from i num_views on; records: P of them.
+    caption_start (P + 1,): captions of photo i are rows caption_start[i] to caption_start[i + 1] of
+    text_tokens (M, L) and text_embed (M, D). image_embed (N, D). text_encodings (tokens, D):
+    caption j is rows token_start[j] to token_start[j + 1]. Embeddings are there if `embed_name`,
+    their folder in each shard, is.
     """
 
-    num_views = 1
-
-    def __init__(self, folder, embed_folder=None):
-        self.folder = Path(folder)
-        self.source = read_source(self.folder / "images")
-        self.num_views = self.source.get("num_views", 1)
-        rows = json.loads((self.folder / "images" / "images.json").read_text())
-        self.image_ids, self.file_names, self.captions = map(list, zip(*rows))
-        self.image_format = find_image_format(self.folder / "images")
-        stream = np.memmap(self.folder / "images" / f"images.{self.image_format}", np.uint8, "r")
-        if self.image_format == "jpeg":
-            self.images = JpegImages(stream, np.load(self.folder / "images" / "image_start.npy"))
-        else:
-            self.images = stream.reshape(len(self), 3, STORE_IMAGE_SIZE, STORE_IMAGE_SIZE)
-        self.caption_start = np.cumsum([0] + [len(captions) for captions in self.captions])
-        if embed_folder is not None:
-            for name in ("image_embed", "text_tokens", "text_embed", "token_start",
-                         "text_encodings"):
-                setattr(self, name, np.load(embed_folder / f"{name}.npy", mmap_mode="r"))
+    def __init__(self, folders, embed_name=None):
+        self.folders, self.embed_name = [Path(folder) for folder in folders], embed_name
+        allow_open_files(10 * len(self.folders))  # memory maps are
+        sources = [read_source(folder / "images") for folder in self.folders]
+        self.num_views = sources[0]["num_views"]
+        digests = [source["annotations"] for source in sources]
+        self.digest = digests[0] if len(digests) == 1 else \
+            hashlib.sha256("".join(digests).encode()).hexdigest()
+        formats = {find_image_format(folder / "images") for folder in self.folders}
+        if len(formats) > 1:
+            raise UserError("pictures are kept both as uint8 and as jpeg; prepare them again with "
+                            "one --image_format", "store_dir")
+        (self.image_format,) = formats
+        self.caption_start = join_starts(self._load("images/caption_start.npy"))
 
     def __len__(self):
-        return len(self.image_ids) * self.num_views
+        return (len(self.caption_start) - 1) * self.num_views
+
+    @property
+    def folder(self):
+        return self.folders[0].parent
+
+    # ---- what is in the files, opened when it is first asked for
+
+    def _load(self, name, mmap_mode=None):
+        return [np.load(folder / name, mmap_mode=mmap_mode) for folder in self.folders]
+
+    def _map(self, name):
+        return join_arrays(self._load(name, "r"))
+
+    @cached_property
+    def images(self):
+        streams = [np.memmap(folder / "images" / f"images.{self.image_format}", np.uint8, "r")
+                   for folder in self.folders]
+        if self.image_format == "jpeg":
+            starts = self._load("images/image_start.npy")
+            return JpegImages(join_arrays([*map(ByteRows, streams, starts)]))
+        shape = -1, 3, STORE_IMAGE_SIZE, STORE_IMAGE_SIZE
+        return join_arrays([stream.reshape(shape) for stream in streams])
+
+    @cached_property
+    def records(self):
+        return Records(join_arrays(
+            [ByteRows(np.memmap(folder / "images" / "records.jsonl", np.uint8, "r"), start)
+             for folder, start in zip(self.folders, self._load("images/record_start.npy"))]))
+
+    @cached_property
+    def image_embed(self):
+        return self._map(f"{self.embed_name}/image_embed.npy")
+
+    @cached_property
+    def text_tokens(self):
+        return self._map(f"{self.embed_name}/text_tokens.npy")
+
+    @cached_property
+    def text_embed(self):
+        return self._map(f"{self.embed_name}/text_embed.npy")
+
+    @cached_property
+    def text_encodings(self):
+        return self._map(f"{self.embed_name}/text_encodings.npy")
+
+    @cached_property
+    def token_start(self):
+        return join_starts(self._load(f"{self.embed_name}/token_start.npy"))
+
+    # ---- reading
 
     def draw_captions(self, indexes, u):
         """One caption of each picture, chosen by u (B,) in [0, 1): (B,) rows of the text arrays."""
@@ -82,17 +139,44 @@ class Store:
         photos = np.searchsorted(self.caption_start, rows.cpu().numpy(), side="right") - 1
         return torch.from_numpy(self.image_embed[photos * self.num_views]).to(text_embed)
 
+    # ---- derived once, shard by shard
+
     def load_small_images(self, size):
-        """All pictures at `size` pixels, (N, 3, size, size) uint8, antialiased, memory-mapped;
-        derived once."""
-        def build(part):
+        """All pictures at `size` pixels, (N, 3, size, size) uint8, antialiased, memory-mapped."""
+        def build(store, part):
             small = np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8,
-                                              (len(self), 3, size, size))
-            for i in range(0, len(self), 256):
-                small[i:i + 256] = resize(torch.from_numpy(self.images[i:i + 256].copy()), size)
+                                              (len(store), 3, size, size))
+            for i in range(0, len(store), 256):
+                small[i:i + 256] = resize(torch.from_numpy(store.images[i:i + 256].copy()), size)
             small.flush()
-        folder = build_once(self.folder / f"images-{size}", {"size": size}, build)
-        return np.load(folder / "images.npy", mmap_mode="r")
+        return self._derive(f"images-{size}", {"size": size}, build, "images.npy")
+
+    def load_tokens(self, tokenize, context_length):
+        """text_tokens (M, context_length) uint16 of all captions for another CLIP than the store's,
+        memory-mapped. tokenize: list of B strings -> (B, context_length)."""
+        def build(store, part):
+            captions = [caption for record in store.records for caption in record.captions]
+            np.save(part / "text_tokens.npy", tokenize(captions).numpy().astype(np.uint16))
+        return self._derive(f"tokens-{context_length}", {"context_length": context_length}, build,
+                            "text_tokens.npy")
+
+    def _derive(self, name, source, build, file):
+        for folder in self.folders:
+            build_once(folder / name, source, lambda part: build(Store([folder]), part))
+        return self._map(f"{name}/{file}")
+
+
+class Records:
+    """The Record of each photo, read when it is asked for."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return Record(*json.loads(self.rows[index]))
 
 
 def fit_text_encodings(text_encodings, row):
@@ -109,13 +193,11 @@ def find_image_format(folder):
 
 
 class JpegImages:
-    """Pictures kept as JPEG files, one after the other in `stream`, picture i from start[i] to
-    start[i + 1]; read like an array (N, 3, 256, 256) of uint8 along its first axis. Threads decode
-    several at once."""
+    """Pictures kept as JPEG files, `files` a sequence of bytes; read like an array (N, 3, 256, 256)
+    of uint8 along its first axis. Threads decode several at once."""
 
-    def __init__(self, stream, start):
-        self.stream, self.start = stream, start
-        self.shape = (len(start) - 1, 3, STORE_IMAGE_SIZE, STORE_IMAGE_SIZE)
+    def __init__(self, files):
+        self.files, self.shape = files, (len(files), 3, STORE_IMAGE_SIZE, STORE_IMAGE_SIZE)
         self.pool = ThreadPoolExecutor(count_cores(), "decode")
 
     def __len__(self):
@@ -123,8 +205,9 @@ class JpegImages:
 
     def __getitem__(self, index):
         if isinstance(index, (int, np.integer)):
-            return decode_jpeg(self._read(index)).transpose(2, 0, 1)
-        return np.stack(list(self.pool.map(self.__getitem__, np.arange(len(self))[index])))
+            return decode_jpeg(self.files[index]).transpose(2, 0, 1)
+        indexes = range(len(self))[index] if isinstance(index, slice) else index
+        return np.stack(list(self.pool.map(self.__getitem__, indexes)))
 
     def read_crops(self, indexes, corners, size):
         """(B, 3, size, size) of pictures `indexes` (B,), cut out at corners [(top, left)]. Decodes
@@ -135,15 +218,12 @@ class JpegImages:
         def read(part):
             for row in part:
                 top, left = corners[row]
-                content, skipped = cut_jpeg(self._read(indexes[row]), top, top + size)
+                content, skipped = cut_jpeg(self.files[indexes[row]], top, top + size)
                 rows = decode_jpeg(content)[top - skipped:top - skipped + size]
                 crops[row] = rows[:, left:left + size].transpose(2, 0, 1)
         list(self.pool.map(read, [range(start, min(start + CROPS_AT_A_TIME, len(crops)))
                                   for start in range(0, len(crops), CROPS_AT_A_TIME)]))
         return crops
-
-    def _read(self, index):
-        return self.stream[self.start[index]:self.start[index + 1]].tobytes()
 
 
 def count_cores():
@@ -169,19 +249,13 @@ def read_crops(pictures, indexes, corners, size):
     corners = corners.tolist()
     if isinstance(pictures, JpegImages):
         return torch.from_numpy(pictures.read_crops(indexes, corners, size))
-    return torch.from_numpy(np.stack([pictures[index, :, top:top + size, left:left + size]
+    return torch.from_numpy(np.stack([pictures[index][:, top:top + size, left:left + size]
                                       for index, (top, left) in zip(indexes, corners)]))
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_images, seed, epoch):
-    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-    return torch.randperm(num_images, generator=generator).numpy()
 
 
 def draw_indexes(num_images, seed, step, batch_size):
     """Picture indexes of the global batch of `step` (from 0): epochs of shuffled pictures in a row,
     each picture once an epoch, as a pure function of its arguments."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([_permutation(num_images, seed, p // num_images)[p % num_images]
-                     for p in positions])
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), num_images)
+    return np.concatenate([shuffle(places[epochs == epoch], num_images, seed, "epoch", epoch)
+                           for epoch in np.unique(epochs)])

@@ -21,16 +21,20 @@ def replace_file(path, write):
     os.replace(part, path)
 
 
-def build_once(folder, source, build):
+def build_once(folder, source, build, wait=True):
     """Makes `folder` by `build(part folder)`, unless it was made from the same `source` before.
 
     `source` is what the folder is made from, as JSON; it is recorded in `<folder>/source.json`. A
     part folder that an interrupted build from the same source left is handed to `build` again. Of
-    several processes the first builds and the others wait for it. Returns `folder`.
+    several processes the first builds; the others wait for it, or, without `wait`, get None.
+    Returns `folder`.
     """
     folder = Path(folder)
-    with hold_lock(folder.with_name(f".{folder.name}.lock"),
-                   f"waiting for another process that makes {folder}"):
+    if read_source(folder) == source:
+        return folder
+    message = f"waiting for another process that makes {folder}" if wait else BlockingIOError()
+    with contextlib.suppress(BlockingIOError), \
+            hold_lock(folder.with_name(f".{folder.name}.lock"), message):
         if read_source(folder) != source:
             part = folder.with_name(folder.name + ".part")
             if read_source(part) != source:
@@ -40,7 +44,8 @@ def build_once(folder, source, build):
             build(part)
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
-    return folder
+        return folder
+    return None
 
 
 def compute_digest(path):

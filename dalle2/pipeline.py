@@ -20,21 +20,6 @@ from dalle2.rowwise import in_groups
 from dalle2.sampling import Prior, SampleOptions, Stage, build_stages, sample_images
 
 
-def add_checkpoint_flags(parser):
-    """The flags that `load_pipeline` reads."""
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument("--model", help="a folder that dalle2.tools.publish made, or a model's name "
-                       "on the Hugging Face hub, in place of the files below")
-    group.add_argument("--prior_ckpt", default="output/prior/prior.safetensors",
-                       help="what train_prior.py exported")
-    group.add_argument("--decoder_ckpt", default="output/decoder/decoder.safetensors",
-                       help="what train_decoder.py exported")
-    group.add_argument("--clip_model", help="None: the CLIP that the checkpoints name")
-    group.add_argument("--clip_pretrained", help="None: the CLIP that the checkpoints name")
-    group.add_argument("--compile", action="store_true",
-                       help="the networks by torch.compile, after a minute or two at the start")
-
-
 class Sample(NamedTuple):
     """Pictures and what they were drawn from: row by row, one a caption."""
 
@@ -135,7 +120,7 @@ def check_most(number, most, name):
 
 
 def load_pipeline(args, device, precision="no"):
-    """The Pipeline that the flags of `add_checkpoint_flags` name, on `device`.
+    """The Pipeline that the flags of `cli.add_checkpoint_flags` name, on `device`.
 
     Raises UserError, naming the flag, where a file is missing, is of another kind, or prior,
     decoder and CLIP do not belong together.

@@ -4,7 +4,6 @@ Killed at any moment, the same call resumes and ends with the same bytes.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -12,18 +11,18 @@ import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from dalle2.captions import compute_captions_digest, load_captions
+from dalle2.archives import open_member
 from dalle2.data import Store, count_cores, find_image_format
 from dalle2.errors import UserError
-from dalle2.files import GrowingFiles, build_once
+from dalle2.files import GrowingFiles, build_once, read_source
 from dalle2.images import STORE_IMAGE_SIZE, cut_view, encode_jpeg, read_pixels, resize_and_crop
+from dalle2.shards import list_shards
 
 BYTES_A_PICTURE = {"uint8": 3 * STORE_IMAGE_SIZE ** 2, "jpeg": 36_000}  # the latter: COCO's mean
 IMAGES_A_STEP, CAPTIONS_A_STEP, BATCH_SIZE = 256, 4096, 256
@@ -31,7 +30,9 @@ IMAGES_A_STEP, CAPTIONS_A_STEP, BATCH_SIZE = 256, 4096, 256
 
 def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None, num_views=1,
                   image_format=None, strict=False, num_workers=None, progress=True):
-    """The Store of a picture folder and its captions file, made if it does not exist.
+    """The Store of a picture folder and its captions file, or of tars, made if it does not exist.
+    Processes that call this at the same time, on machines that share the disk too, divide the
+    shards among themselves.
 
     clip: the FrozenClip to embed with; None leaves the embeddings out. max_images: how many of
     the pictures, the first ones; None: all.
@@ -39,31 +40,56 @@ def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None
     image_format: "uint8", or "jpeg" for a small disk; None: the format it has, or uint8.
     strict: a picture that cannot be read is a UserError instead of being left out.
     """
-    records = load_captions(annot_path, img_path, max_images)
-    name = os.path.basename(os.path.normpath(img_path))
-    source = {"img_path": os.path.abspath(img_path), "max_images": max_images,
-              "annotations": compute_captions_digest(annot_path, img_path),
-              "image_size": STORE_IMAGE_SIZE} | ({"num_views": num_views} if num_views > 1 else {})
-    key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
-    folder = Path(store_dir) / f"{name}-{key}"
-    num_workers = num_workers or count_cores()
-    build_once(folder / "images", source, lambda part: prepare_images(
-        records, part, num_views=num_views, num_workers=num_workers, image_format=image_format,
-        strict=strict, progress=progress))
-    store = Store(folder)
-    if image_format not in (None, store.image_format):
-        raise UserError(f"{folder} holds {store.image_format} already; delete it "
-                        "or choose another --store_dir", "image_format")
-    num_photos = len(store) // num_views
-    if strict and num_photos < len(records):
-        raise UserError(f"{folder} was made with {len(records) - num_photos} of "
-                        f"{len(records)} pictures left out; delete it and mend them", "strict")
-    if clip is None:
-        return store
-    embed_folder = build_once(
-        folder / f"clip-{clip.fingerprint}", {"fingerprint": clip.fingerprint},
-        lambda part: prepare_embeddings(store, clip, part, progress=progress))
-    return Store(folder, embed_folder)
+    root, shards = list_shards(img_path, annot_path, store_dir, max_images, num_views, strict)
+    image_format = check_format([root / shard.name for shard in shards], image_format)
+    missing = sum(shard.count for shard in shards
+                  if read_source(root / shard.name / "images") != shard.source)
+    if missing:
+        check_free(root, f"{missing} pictures", missing * num_views * BYTES_A_PICTURE[image_format])
+    embed_name = clip and f"clip-{clip.fingerprint}"
+
+    def make(shard, wait):
+        """Whether the shard is made; False: another process is at it. wait: until it is done."""
+        folder = root / shard.name
+        made = build_once(folder / "images", shard.source, lambda part: prepare_images(
+            shard.load(), part, num_views=num_views, num_workers=num_workers or count_cores(),
+            image_format=image_format, strict=strict, progress=progress), wait)
+        if made and clip is not None:
+            made = build_once(
+                folder / embed_name, {"fingerprint": clip.fingerprint},
+                lambda part: prepare_embeddings(Store([folder]), clip, part, progress), wait)
+        return made is not None
+
+    busy, problems = [], {}
+    for wait, some in (False, shards), (True, busy):  # first those that no other process is at
+        for shard in some:
+            try:
+                if not make(shard, wait):
+                    busy.append(shard)
+            except UserError as error:
+                if not shard.tar or strict or error.argument == "store_dir":
+                    raise
+                problems[shard.name] = error
+                tqdm.write(f"warning: {shard.tar} is left out ({error})")
+    if len(problems) == len(shards):
+        raise problems.popitem()[1]
+    store = Store([root / shard.name for shard in shards if shard.name not in problems], embed_name)
+    if strict:
+        left_out = sum(shard.count or len(shard.load()) for shard in shards) - len(store.records)
+        if left_out:
+            raise UserError(f"{root} was made with {left_out} pictures left out; delete it and "
+                            "mend them", "strict")
+    return store
+
+
+def check_format(folders, image_format):
+    """How the pictures of a store are kept, or are to be; UserError where it holds another."""
+    held = next(filter(None, (find_image_format(folder / name) for folder in folders
+                              for name in ("images", "images.part"))), None)
+    if held and image_format not in (None, held):
+        raise UserError(f"{folders[0].parent} holds {held} already; delete it or choose another "
+                        "--store_dir", "image_format")
+    return held or image_format or "uint8"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -73,8 +99,9 @@ def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None
 def prepare_images(records, folder, *, num_workers, num_views=1, image_format=None, strict=False,
                    progress=True):
     """Decodes `records` into `<folder>/images.<image_format>`, the views of one photo after those
-    of the other, with `images.json` (ids, file names, captions of the photos) and `image_start.npy`
-    (offsets of the views in bytes) beside it. A photo that cannot be read is left out with a line.
+    of the other. Beside it `records.jsonl` has id, name and captions of each photo, and
+    `image_start`, `record_start` and `caption_start` where each view, each photo's line and its
+    captions begin. A photo that cannot be read is left out with a line.
     """
     image_format = find_image_format(folder) or image_format or "uint8"
     name = f"images.{image_format}"
@@ -109,9 +136,18 @@ def prepare_images(records, folder, *, num_workers, num_views=1, image_format=No
                         f"{records[0].path} ({outcomes[0]})")
     if len(kept) < len(records):
         tqdm.write(f"warning: {len(records) - len(kept)} of {len(records)} pictures are left out")
-    (folder / "images.json").write_text(json.dumps(
-        [[r.image_id, os.path.basename(r.path), r.captions] for r, _ in kept]))
-    np.save(folder / "image_start.npy", np.cumsum([0, *(n for _, sizes in kept for n in sizes)]))
+    save_records(folder, kept)
+
+
+def save_records(folder, kept):
+    """Writes what a store says of its photos; kept: [(CaptionedImage, bytes of each view)]."""
+    rows = [json.dumps([record.image_id, record.name, record.captions]).encode() + b"\n"
+            for record, _ in kept]
+    (folder / "records.jsonl").write_bytes(b"".join(rows))
+    for name, lengths in (("record_start", map(len, rows)),
+                          ("caption_start", (len(record.captions) for record, _ in kept)),
+                          ("image_start", (size for _, sizes in kept for size in sizes))):
+        np.save(folder / f"{name}.npy", np.cumsum([0, *lengths]))
 
 
 def _read_picture(record, image_format, num_views):
@@ -121,7 +157,8 @@ def _read_picture(record, image_format, num_views):
     except FileNotFoundError:
         return [], "no such file"
     except UnidentifiedImageError:
-        return [], "not a picture" if os.path.getsize(record.path) else "an empty file"
+        with open_member(record.path) as file:
+            return [], "not a picture" if file.read(1) else "an empty file"
     except (OSError, ValueError) as error:
         return [], str(error)
     chance = random.Random(os.path.basename(record.path))  # the same views whenever it is prepared
@@ -140,7 +177,7 @@ def prepare_embeddings(store, clip, folder, progress=True):
     """Embeds the pictures of `store` (N) and their captions (M) with a FrozenClip into `folder`:
     image_embed (N, D), text_tokens (M, L), text_embed (M, D) and text_encodings (sum of caption
     lengths, D), float16, with the lengths as token_start (M + 1,)."""
-    captions = [caption for group in store.captions for caption in group]
+    captions = [caption for record in store.records for caption in record.captions]
     text_tokens = clip.tokenize(captions)
     lengths = clip.compute_text_mask(text_tokens).sum(1)  # (M,)
     token_start = np.concatenate([[0], lengths.cumsum(0).numpy()])
@@ -202,12 +239,16 @@ def _build_npy_header(shape):
 
 def announce(folder, what, num_bytes, progress=True):
     """Says how much disk `what` will take; UserError where there is less."""
+    check_free(folder.parent, what, num_bytes)
+    if progress:
+        print(f"preparing {folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
+
+
+def check_free(folder, what, num_bytes):
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
-        raise UserError(f"{what} need {num_bytes / 1e9:.1f} GB in {folder.parent}, "
+        raise UserError(f"{what} need {num_bytes / 1e9:.1f} GB in {folder}, "
                         f"{free / 1e9:.1f} GB are free", "store_dir")
-    if progress:
-        print(f"{folder.parent}: {what}, {num_bytes / 1e9:.2f} GB", flush=True)
 
 
 def _show(total, done, what, unit, progress):

@@ -15,7 +15,8 @@ PATIENCE = timedelta(days=2)  # of a process that waits for slower ones; torch g
 def join_processes():
     """accelerate.PartialState of this launch, on CPUs where there is no GPU. It may be called any
     number of times."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return PartialState(cpu=not has_gpu, timeout=PATIENCE)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from dalle2.captions import load_captions
-from dalle2.cli import add_precision_flag, at_least
 from dalle2.errors import UserError, rename_argument
 from dalle2.images import load_image, make_unique_stems, save_image
 from dalle2.prepare import prepare_store
 from dalle2.processes import join_processes, share_errors
 from dalle2.rng import derive_seed
-from dalle2.sampling import SAMPLER, SAMPLERS, THRESHOLDS
 
 
 @dataclass(frozen=True)
@@ -43,47 +41,6 @@ class Job:
 
 # ----------------------------------------------------------------------------------------------
 # what to render, and how
-
-
-def add_caption_flags(parser):
-    """The flags that `list_captions` and `list_jobs` read."""
-    group = parser.add_argument_group("what to render")
-    group.add_argument("--test_annot_path", help="COCO captions file whose captions are rendered; "
-                       "an empty string: the captions are with the pictures")
-    group.add_argument("--test_img_path", help="its pictures, for the gallery; needed by "
-                       "--init_from_true_embedding")
-    group.add_argument("--prompt", action="append", help="render this; may be repeated")
-    group.add_argument("--prompt_file", help="text file, a prompt a line")
-    group.add_argument("--num_images", type=at_least(1), default=50,
-                       help="how many pictures of the COCO file, the first ones, one caption each")
-    group.add_argument("--samples_per_prompt", type=at_least(1), default=1)
-    group.add_argument("--rerank", action="store_true",
-                       help="keep the one of --samples_per_prompt with the best CLIP score")
-    group.add_argument("--init_from_true_embedding", action="store_true",
-                       help="feed the decoder the true photo's embedding, to see it without prior")
-
-
-def add_sample_flags(parser):
-    """The flags that `read_options` reads, and more of how pictures are rendered."""
-    group = parser.add_argument_group("how (None: what the checkpoints' configs say)")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--cond_scale", type=at_least(0.0),
-                       help="guidance of the decoder, 1 is none")
-    group.add_argument("--prior_cond_scale", type=at_least(0.0),
-                       help="guidance of the prior, 1 is none")
-    group.add_argument("--sample_timesteps", type=at_least(1), nargs="+",
-                       help="sampling steps: one number, or the prior's and each stage's")
-    group.add_argument("--num_candidates", type=at_least(1), help="image embeddings that the "
-                       "prior samples a caption, of which the nearest to it is kept")
-    group.add_argument("--lowres_noise_level", type=at_least(0), help="noise on the picture that "
-                       "an upsampler enlarges, of 1000: the more, the more it invents")
-    group.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER)
-    add_precision_flag(group)
-    group.add_argument("--thresholding", choices=THRESHOLDS, default="static",
-                       help="of the decoder's estimates: clamped, or scaled a picture (Saharia "
-                       "2022)")
-    group.add_argument("--batch_size", type=at_least(1),
-                       help="pictures at a time (None: 16 on a CPU, what fits on a GPU)")
 
 
 def read_options(args, pipeline):
@@ -280,12 +237,12 @@ def find_nearest(args, clip, output_dir, entries):
         return []
     with rename_argument(annot_path="train_annot_path", img_path="train_img_path"):
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir, clip=clip)
-    embeds = torch.from_numpy(np.array(store.image_embed)).float().to(clip.device)
+    embeds = torch.from_numpy(np.array(store.image_embed[:])).float().to(clip.device)
     found = []
     for entry in entries:
         picture = load_image(Path(output_dir) / entry["file"])
         cosine, index = (embeds @ clip.embed_image(picture[None])[0]).max(0)
-        entry["nearest_train"] = {"file": store.file_names[index],
+        entry["nearest_train"] = {"file": store.records[int(index)].file_name,
                                   "cosine": round(cosine.item(), 4)}
         found.append((torch.from_numpy(np.array(store.images[int(index)])), cosine.item()))
     return found

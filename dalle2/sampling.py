@@ -17,14 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dalle2.config import PriorConfig, UnetConfig
+from dalle2.config import SAMPLER_NAMES, PriorConfig, UnetConfig
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.images import resize
 from dalle2.rng import derive_seed, draw_noise
 from dalle2.rowwise import in_groups
 
-SAMPLER = "dpmpp_2m"  # the default: docs/results.md, "Samplers"
-THRESHOLDS = "static", "dynamic"
 GROUP = 4  # rows that a CPU computes together
 
 
@@ -34,7 +32,7 @@ class SampleOptions:
 
     cond_scale: float | None = None        # guidance of the prior or the first stage, 1 is none
     sample_timesteps: int | None = None    # steps
-    sampler: str = SAMPLER                 # of SAMPLERS
+    sampler: str = SAMPLER_NAMES[0]        # of SAMPLERS
     num_candidates: int | None = None      # embeddings that the prior samples a caption
     lowres_noise_level: int | None = None  # noise on the picture that a later stage enlarges
     thresholding: str = "static"           # of a stage's estimates, of THRESHOLDS
@@ -124,7 +122,7 @@ def sample_dpmpp_2m(denoise, x_t, levels, draw=None):
     return x_t
 
 
-SAMPLERS = {"ddim": sample_ddim, "ddpm": sample_ddpm, "dpmpp_2m": sample_dpmpp_2m}
+SAMPLERS = dict(zip(SAMPLER_NAMES, (sample_dpmpp_2m, sample_ddim, sample_ddpm), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------

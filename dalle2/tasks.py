@@ -13,14 +13,19 @@ import torch
 import torch.nn.functional as F
 
 from dalle2.checkpoint import save_export
-from dalle2.clip import ClipLoss, FrozenClip, build_tokenizer, preprocess_image
+from dalle2.clip import (
+    ClipLoss,
+    FrozenClip,
+    build_tokenizer,
+    find_mean_and_std,
+    preprocess_image,
+)
 from dalle2.config import config_to_dict
 from dalle2.data import draw_indexes, load_pictures, read_crops
 from dalle2.diffusion import Diffusion, build_diffusion, noise_lowres
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
 from dalle2.images import arrange, augment, crop, resize
-from dalle2.models import load_decoder, load_prior, save_decoder_stage
 from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.validation import (
@@ -62,9 +67,9 @@ class Task:
 
     def describe_run(self):
         """What the run is, as JSON: written to config.json and compared on resuming."""
-        source = self.train_store.source["annotations"][:16]
         return {"config": config_to_dict(self.config),
-                "data": {"annotations": source, "num_images": len(self.train_store)}}
+                "data": {"annotations": self.train_store.digest[:16],
+                         "num_images": len(self.train_store)}}
 
     # ---- validation by the loss of a diffusion model: fixed pictures, noise and timesteps
 
@@ -113,12 +118,13 @@ class ClipTask(Task):
         # a little larger than the network sees them, so that squares of them are sharp
         size = round(config.image_size * config.min_crop_scale ** -0.25)
         self.pictures = {store: store.load_small_images(size) for store in stores}
-        self.text_tokens = {store: self.tokenizer([caption for group in store.captions
-                                                   for caption in group]) for store in stores}
+        self.text_tokens = {store: store.load_tokens(self.tokenizer, config.context_length)
+                            for store in stores}
 
     def load(self, store, indexes, random):
+        text_tokens = self.text_tokens[store][store.draw_captions(indexes, random.rand())]
         return {"image": torch.from_numpy(self.pictures[store][indexes]),
-                "text_tokens": self.text_tokens[store][store.draw_captions(indexes, random.rand())]}
+                "text_tokens": torch.from_numpy(text_tokens.astype(np.int64))}
 
     def loss(self, module, batch, random):
         """Contrastive loss, a scalar. batch: image (B, 3, H, W) uint8, text_tokens (B, L)."""
@@ -130,7 +136,7 @@ class ClipTask(Task):
                 text_tokens != self.tokenizer.eot_token_id)                     # (B, L)
             drop = random.rand(text_tokens.shape[1]) < c.word_dropout
             text_tokens = text_tokens.masked_fill(drop & is_word, 0)
-        image = preprocess_image(image, c.image_size)
+        image = preprocess_image(image, c.image_size, *find_mean_and_std(c))
         return self.clip_loss(*module(image, text_tokens))
 
     @torch.no_grad()
@@ -246,6 +252,7 @@ class PriorTask(Task):
                   for name, row in scores.items()]
         replace_file(Path(self.output_dir) / "report_card.md",
                      lambda part: part.write_text("\n".join(lines) + "\n"))
+        print("The prior beside baselines that need no prior (docs/evaluation.md):")
         print("\n".join(lines))
 
 
@@ -337,6 +344,7 @@ class UnetTask(Task):
     def earlier(self):
         """({unet_number: network}, {unet_number: UnetConfig}) of the stages before this one; None
         where one of them is not trained."""
+        from dalle2.models import load_decoder  # a CLIP is trained without: 0.6 s
         path = Path(self.output_dir) / "decoder.safetensors"
         unets, configs, _ = load_decoder(path) if path.exists() else ({}, {}, None)
         numbers = range(1, self.unet_number)
@@ -366,6 +374,7 @@ class UnetTask(Task):
         return {**self.header, **super().describe_run(), "lowres_size": self.lowres_size}
 
     def write_export(self, state, step, suffix):
+        from dalle2.models import save_decoder_stage
         save_decoder_stage(Path(self.output_dir) / f"decoder{suffix}.safetensors",
                            self.unet_number, self.config, state, self.header, step,
                            self.num_stages)
@@ -382,6 +391,7 @@ def collect_sample_embeds(val_store, prior_ckpt, clip, device):
     image_embed = torch.from_numpy(np.array(val_store.image_embed[:NUM_SAMPLES])).float()
     embeds = [image_embed.to(device), text_embed]
     if prior_ckpt:
+        from dalle2.models import load_prior
         with rename_argument(path="prior_ckpt"):
             prior, config, header = load_prior(prior_ckpt)
         if header["clip"]["fingerprint"] != clip["fingerprint"]:

@@ -46,8 +46,9 @@ def train(
     """Trains until `num_steps`, starting from the newest checkpoint in `run_dir`.
 
     Every process calls it and takes the same path through it; the first one reads and writes the
-    run's folder. SIGTERM and SIGINT save, then exit with 128 + the signal's number. Raises
-    UserError where the run cannot continue, with the last good checkpoint kept.
+    run's folder. SIGTERM and SIGINT save, then exit with 128 + the signal's number. Returns False
+    where nothing was left to train, otherwise True. Raises UserError where the run cannot continue,
+    with the last good checkpoint kept.
     """
     c, header = task.config.train, task.describe_run()
     rows = find_own_rows(c.batch_size, accelerator)
@@ -67,7 +68,8 @@ def train(
             del saved
         if start >= c.num_steps:
             accelerator.print(f"{run_dir}: finished, {start} of {c.num_steps} steps done")
-            return task.export(state.collect_average(), start, last=best["step"] > 0)
+            task.export(state.collect_average(), start, last=best["step"] > 0)
+            return False
         accelerator.print(f"{run_dir}: step {start} to {c.num_steps} on {state}")
         folder.begin(start, header, log_with)
         can_sample = not holds_anywhere(not task.can_sample, accelerator)
@@ -135,6 +137,7 @@ def train(
     if stopped:
         accelerator.print(f"{run_dir}: stopped and saved at step {done}; the same command resumes")
         sys.exit(128 + stop[0])
+    return True
 
 
 # ----------------------------------------------------------------------------------------------

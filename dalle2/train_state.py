@@ -53,9 +53,10 @@ class TrainState:
 
     def __str__(self):
         sharing = "weights sharded, " if self.is_shared else ""
+        precision = self.accelerator.mixed_precision
         return (f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {sharing}"
                 f"{self.device_batch_size} rows at a time, "
-                f"precision {self.accelerator.mixed_precision}")
+                f"{'fp32' if precision == 'no' else precision}")
 
     def compute_gradients(self, step, batch, compute_loss, is_trial=False):
         """Gradients of `batch`, this process's rows of the batch of `step`, `device_batch_size`

@@ -29,8 +29,8 @@ def main():
                              strict=args.strict)
     for split, store in zip(("train", "val"), stores):
         if store and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            captions = sum(len(group) for group in store.captions)
-            print(f"{split}: {len(store)} pictures, {captions} captions in {store.folder}")
+            print(f"{split}: {len(store)} pictures, {store.caption_start[-1]} captions in "
+                  f"{store.folder}")
 
 
 if __name__ == "__main__":

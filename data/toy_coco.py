@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dalle2 import cli  # noqa: E402
+from dalle2.errors import UserError  # noqa: E402
 
 IMAGE_SIZE = 256
 COLORS = {"red": (220, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 220),
@@ -174,10 +175,16 @@ def draw_record(index, *, split, seed, output_dir):
 
 
 def write_split(output_dir, split, num_images, seed, num_workers):
-    """Writes `<split>/*.jpg` and `captions_<split>.json`; a finished split is not drawn again."""
+    """Writes `<split>/*.jpg` and `captions_<split>.json`; a finished split is not drawn again.
+    UserError where the folder holds one of another seed or size."""
     annot_path = Path(output_dir) / f"captions_{split}.json"
     info = {"description": "toy COCO", "seed": seed, "num_images": num_images}
-    if annot_path.exists() and json.loads(annot_path.read_text())["info"] == info:
+    if annot_path.exists():
+        before = json.loads(annot_path.read_text())["info"]
+        if before != info:
+            raise UserError(f"{annot_path} has seed {before['seed']} and {before['num_images']} "
+                            f"pictures, not {seed} and {num_images}; choose another folder, or "
+                            "delete this one", "output_dir")
         print(f"{annot_path}: exists already, {num_images} pictures")
         return
     (Path(output_dir) / split).mkdir(parents=True, exist_ok=True)
@@ -263,14 +270,14 @@ def find_objects(image, side=128, threshold=50.0):
     return nearest_name(background, BACKGROUNDS), objects
 
 
-def check_attributes(image, attributes):
-    """Which of `attributes` the picture shows.
+def check_attributes(shown, attributes):
+    """Which of `attributes` a picture shows. shown: what `find_objects` finds in it.
 
     Each described object is compared with the found object that is nearest to its place, whatever
     it looks like; a found object is compared with one description only. Returns {attribute: list of
     bool}: one bool for "background" and "count", one for each object for the others.
     """
-    background, found = find_objects(image)
+    background, found = shown
     described = attributes["objects"]
     result = {"background": [background == attributes["background"]],
               "count": [len(found) == len(described)]}
@@ -311,11 +318,11 @@ def judge_manifests(manifests, annot_path, num_shifts=7):
     for number, path in enumerate(manifests):
         entries = [entry for entry in json.loads(Path(path).read_text())["images"]
                    if entry["image_id"] in truth]  # the folder may hold pictures of prompts too
-        pictures = [Image.open(Path(path).parent / e["file"]).convert("RGB") for e in entries]
+        shown = [find_objects(Image.open(Path(path).parent / e["file"])) for e in entries]
         wanted = [truth[e["image_id"]] for e in entries]
-        columns[Path(path).parent.name] = compute_accuracy(map_check(pictures, wanted))
+        columns[Path(path).parent.name] = compute_accuracy(map_check(shown, wanted))
         if number == 0:
-            shifted = [compute_accuracy(map_check(pictures, wanted[k:] + wanted[:k]))
+            shifted = [compute_accuracy(map_check(shown, wanted[k:] + wanted[:k]))
                        for k in range(1, num_shifts + 1)]
             chance = {name: sum(s[name] for s in shifted) / num_shifts for name in shifted[0]}
             count = len(entries)
@@ -329,9 +336,8 @@ def judge_manifests(manifests, annot_path, num_shifts=7):
     return columns
 
 
-def map_check(pictures, wanted):
-    return [check_attributes(picture, attributes)
-            for picture, attributes in zip(pictures, wanted, strict=True)]
+def map_check(shown, wanted):
+    return [check_attributes(*pair) for pair in zip(shown, wanted, strict=True)]
 
 
 def main():
@@ -361,4 +367,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

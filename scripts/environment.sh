@@ -1,9 +1,10 @@
 # Sourced by the other scripts in the root of the repository. Sets PY, the Python interpreter.
 #   VENV=/path         use this environment and create it if it does not exist; if VENV is not set:
 #                      .venv, or the active environment if it has the packages and .venv is missing
-#   PYTHON=python3.12  the interpreter for creating a new environment
+#   PYTHON=python3.12  the interpreter for creating a new environment, 3.10 or newer
 # `need FILE...` installs requirements files that have changed since they were last installed; where
-# that fails, with the versions of constraints.txt.
+# that fails, with the versions of constraints.txt. `need_space GB FOLDER` stops where the disk of
+# FOLDER has less. Both say in one line what is wrong and what to do.
 set -eu
 
 if [ -z "${VENV:-}" ]; then
@@ -21,16 +22,48 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
 
 need() {
-    if [ ! -x "$PY" ]; then
-        echo "creating the environment $VENV (about 2 minutes and 6 GB)"
-        "${PYTHON:-python3}" -m venv "$VENV"
-    fi
     for requirements in "$@"; do
         stamp=$VENV/.installed-$(basename "$requirements" .txt)
-        if ! cmp -s "$requirements" "$stamp"; then
+        if [ ! -x "$PY" ] || ! cmp -s "$requirements" "$stamp"; then
+            # an environment that was left half-made has no pip
+            "$PY" -c "import pip" 2>/dev/null || "$PY" -m ensurepip >/dev/null 2>&1 ||
+                create_environment
             set -- "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
-            "$@" || "$@" -c constraints.txt
+            "$@" || "$@" -c constraints.txt || stop "the packages of $requirements could not be" \
+                "installed (pip says why above); that needs a connection to the package index." \
+                "The same command resumes"
             cp "$requirements" "$stamp"
         fi
     done
+}
+
+create_environment() {
+    python=${PYTHON:-python3}
+    command -v "$python" >/dev/null || stop "no $python here; install Python 3.10 or newer, or" \
+        "name it: PYTHON=/path/to/python3"
+    "$python" -c "import sys; sys.exit(sys.version_info < (3, 10))" || stop "$python is" \
+        "$("$python" -V 2>&1), 3.10 or newer is needed; name another: PYTHON=python3.12"
+    need_space 6 "$VENV"
+    echo "creating the environment $VENV (about 2 minutes and 6 GB)"
+    if ! said=$("$python" -m venv "$VENV" 2>&1); then
+        case $said in
+            *ensurepip* | *"No module named venv"*)
+                stop "$python cannot create an environment, a part of it is not installed; on" \
+                    "Debian and Ubuntu: sudo apt install ${python##*/}-venv, then the same command"
+                ;;
+            *) stop "$python -m venv $VENV failed: $(echo "$said" | tail -n 1)" ;;
+        esac
+    fi
+}
+
+need_space() {
+    folder=$2
+    while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+    free=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "${free:-$1}" -ge "$1" ] || stop "$2 needs $1 GB of disk space, $free GB are free"
+}
+
+stop() {
+    echo "error: $*" >&2
+    exit 2
 }

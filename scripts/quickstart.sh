@@ -17,11 +17,30 @@ export PYTHONWARNINGS=ignore
 
 stage() {
     elapsed=$((($(date +%s) - start) / 60))
-    printf '\n=== %s  [minute %d of about 17 on two cores]\n' "$1" "$elapsed"
+    printf '\n=== %s  [minute %d; all stages take about 17 on two cores]\n' "$1" "$elapsed"
 }
+
+show() {
+    cat "$out/attributes.txt"
+    printf '\nThe pictures: %s/from_text/index.html (open it in a browser)\n' "$out"
+    printf 'The weights:  %s/clip, %s/prior, %s/decoder\n' "$out" "$out" "$out"
+}
+
+# What is there and was made with this seed by this code is shown at once. Otherwise every stage
+# checks by itself what it finds.
+made_with=$(echo "seed $seed" && cksum scripts/*.sh ./*.py data/*.py dalle2/*.py)
+if [ "$made_with" = "$(cat "$out/finished" 2>/dev/null)" ] && ls "$out/clip/clip.safetensors" \
+    "$out/prior/prior.safetensors" "$out/decoder/decoder.safetensors" "$out/attributes.txt" \
+    "$out/from_text/index.html" "$out/from_true_embedding/index.html" >/dev/null 2>&1; then
+    echo "Everything is there already, made with seed $seed. To begin anew, delete $out."
+    show
+    exit
+fi
+rm -f "$out/finished"
 
 stage "1/7 environment: torch and the other packages"
 need requirements.txt
+[ -d "$out" ] || need_space 3 "$out"
 
 stage "2/7 data: 12,000 pictures to train on, 600 with held-out combinations"
 "$PY" data/toy_coco.py --output_dir "$toy" --seed "$seed"
@@ -39,14 +58,10 @@ stage "4/7 prior: caption -> image embedding"
 stage "5/7 decoder: image embedding -> 32 px -> 256 px"
 "$PY" train_decoder.py "$@" --output_dir "$out/decoder"
 
-stage "6/7 rendering 200 held-out captions, from text and from the true photo's embedding"
+stage "6/7 rendering 200 held-out captions, from text and from the true picture's embedding"
 render() {
     folder=$1
     shift
-    if [ -f "$folder/manifest.json" ]; then
-        echo "$folder: already rendered"
-        return
-    fi
     "$PY" test_dalle2.py --test_img_path "$toy/val" --test_annot_path "$toy/captions_val.json" \
         --prior_ckpt "$out/prior/prior.safetensors" --seed "$seed" --num_images 200 \
         --decoder_ckpt "$out/decoder/decoder.safetensors" --output_dir "$folder" "$@"
@@ -56,6 +71,8 @@ render "$out/from_true_embedding" --init_from_true_embedding
 
 stage "7/7 judging: which attributes of the captions do the pictures show?"
 "$PY" data/toy_coco.py --judge "$out/from_text/manifest.json" \
-    "$out/from_true_embedding/manifest.json" --annot_path "$toy/captions_val.json"
-printf '\nDone in %d min. Open %s/from_text/index.html to see the pictures.\n' \
-    $((($(date +%s) - start) / 60)) "$out"
+    "$out/from_true_embedding/manifest.json" --annot_path "$toy/captions_val.json" \
+    >"$out/attributes.txt"
+printf '%s\n' "$made_with" >"$out/finished"
+show
+printf 'Done in %d min.\n' $((($(date +%s) - start) / 60))

@@ -1,5 +1,6 @@
 """Fixtures: a small toy data set, an untrained CLIP of its own kind, and the command line."""
 
+import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ CHROMIUM = "chromium", "chromium-browser", "google-chrome"
 @pytest.fixture(autouse=True)
 def run_at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+    yield
+    gc.unfreeze()  # cli.import_late is for a process that runs one script
 
 
 @pytest.fixture(scope="session")

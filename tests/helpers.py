@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
+from dalle2 import cli
 from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip, load_clip
 from dalle2.config import PRESETS, config_to_dict
-from dalle2.data import Store
+from dalle2.data import Record, Store
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds for two processes to import torch, meet and finish on a busy machine
@@ -37,8 +38,8 @@ class RandomStore(Store):
 
     def __init__(self, count=6, seed=0):
         random = np.random.default_rng(seed)
-        self.source = {"annotations": f"{seed}" * 64}
-        self.image_ids, self.captions = list(range(count)), [["one", "two"]] * count
+        self.digest, self.num_views = f"{seed}" * 64, 1
+        self.records = [Record(number, "", ["one", "two"]) for number in range(count)]
         self.images = random.integers(0, 256, (count, 3, 256, 256), np.uint8)
         self.image_embed = draw_unit(random, count)
         self.caption_start = np.arange(0, 2 * count + 1, 2)
@@ -48,6 +49,9 @@ class RandomStore(Store):
 
     def load_small_images(self, size):
         return resize(torch.from_numpy(self.images), size).numpy()
+
+    def load_tokens(self, tokenize, context_length):
+        return tokenize([text for record in self.records for text in record.captions]).numpy()
 
 
 def name_data(toy):
@@ -137,7 +141,7 @@ def write_decoder(path, clip, unets, noise=0.0):
 def open_pipeline(flags):
     """The Pipeline of the checkpoints that the flags name, on the CPU."""
     parser = argparse.ArgumentParser()
-    add_checkpoint_flags(parser)
+    cli.add_checkpoint_flags(parser)
     return load_pipeline(parser.parse_args(flags), torch.device("cpu"))
 
 

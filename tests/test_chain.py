@@ -47,6 +47,9 @@ def chain(tmp_path_factory, toy):
     assert "64 pictures, 320 captions" in call("data/coco_prepare.py", *data, *clip)
     for name in ("prior", "decoder"):
         call(f"train_{name}.py", *train, *clip, "--output_dir", out / name)
+    # once more: nothing is left to train, and the report card stays as it is
+    again = call("train_prior.py", *train, *clip, "--output_dir", out / "prior")
+    assert again == f"{out}/prior: finished, 4 of 4 steps done\n"
     return out
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,5 +134,16 @@ def test_precision_is_what_the_gpu_computes_in(monkeypatch, capability, given, r
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert cli.resolve_precision(given) == resolved
     if capability is None:
-        with pytest.raises(UserError, match="mixed_precision: fp16 needs a GPU"):
+        with pytest.raises(UserError, match="mixed_precision: fp16 needs a CUDA GPU"):
             cli.resolve_precision("fp16")
+
+
+def test_the_device_is_a_gpu_of_either_kind_unless_the_cpu_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert cli.pick_device().type == "mps" and cli.resolve_precision("auto") == "no"
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: SimpleNamespace(
+        distributed_type=None, **options))
+    assert not cli.build_accelerator("auto").cpu and "mps" in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert cli.pick_device().type == "cpu" and cli.build_accelerator("auto").cpu

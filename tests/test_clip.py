@@ -4,14 +4,22 @@ from dataclasses import replace
 
 import open_clip
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
-from helpers import TOY
+from helpers import TOY, RandomStore
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dalle2.clip import load_clip
+from dalle2.clip import (
+    build_clip,
+    load_clip,
+    load_vision_weights,
+    preprocess_image,
+)
+from dalle2.config import validate_config
 from dalle2.errors import UserError
 from dalle2.rng import BatchRandom
 from dalle2.tasks import ClipTask
@@ -149,3 +157,55 @@ def test_dropped_words_leave_start_and_end_token():
     assert torch.equal(seen[0][special], text_tokens[special])
     is_word = ~special & (text_tokens != 0)
     assert 0.4 < (seen[0][is_word] == 0).float().mean() < 0.6
+
+
+# ----------------------------------------------------------------------------------------------
+# one that is trained here, with an image tower of timm
+
+
+def build_timm_task(tmp_path, **fields):
+    """(module, ClipTask) with a tower of known weights, read from a file."""
+    config = replace(TOY.clip, vision_timm="test_efficientnet", **fields)
+    torch.manual_seed(1)
+    weights = timm.create_model("test_efficientnet").state_dict()
+    save_file(weights, tmp_path / "tower.safetensors")
+    module = build_clip(config)
+    load_vision_weights(module, config, str(tmp_path / "tower.safetensors"))
+    assert all(torch.equal(value, weights[name])
+               for name, value in module.visual.trunk.state_dict().items())
+    return module, ClipTask(config, Accelerator(cpu=True), RandomStore(8), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("lock_vision", [True, False])
+def test_an_image_tower_of_timm_is_trained_or_left_as_it_is_and_exported(tmp_path, lock_vision):
+    module, task = build_timm_task(tmp_path, lock_vision=lock_vision)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    rows = dict(batch_size=task.config.train.batch_size, rows=slice(8))
+    loss = task.loss(module.train(), task.draw(0, slice(8), BatchRandom(0, **rows)),
+                     BatchRandom(1, **rows))
+    loss.backward()
+    params = [param for param in module.parameters() if param.grad is not None]
+    torch.optim.SGD(params, lr=0.1).step()
+    moved = {name for name, value in module.state_dict().items()
+             if not torch.equal(value, before[name])}
+    assert any(name.startswith("visual.trunk") for name in moved) != lock_vision
+    assert {"visual.head.proj.weight", "text_projection"} <= moved
+    task.write_export(module.state_dict(), 1, "")
+    clip = load_clip("", str(tmp_path / "clip.safetensors"))
+    pictures = torch.rand(3, 3, 64, 64)
+    normed = preprocess_image(pictures, TOY.clip.image_size, (0.485, 0.456, 0.406),
+                              (0.229, 0.224, 0.225))
+    with torch.no_grad():
+        wanted = normalize(module.eval().encode_image(normed), dim=-1)
+    torch.testing.assert_close(clip.embed_image(pictures), wanted)
+
+
+def test_a_tower_that_timm_lacks_and_weights_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(UserError, match="vision_timm: timm has no such network .*: nonsense"):
+        build_clip(replace(TOY.clip, vision_timm="nonsense"))
+    with pytest.raises(UserError, match="lock_vision: only a tower of --vision_timm"):
+        validate_config(replace(TOY.clip, lock_vision=True))
+    module, task = build_timm_task(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="other.safetensors is damaged: KeyError"):
+        load_vision_weights(module, task.config, str(tmp_path / "other.safetensors"))

@@ -109,7 +109,9 @@ def assert_changes(seen, kind, run, before, after):
 
 def test_the_walks_leave_no_field_out():
     tested_elsewhere = {"mixed_precision", "channels_last", "compile", "fsdp"}
-    for kind, walked in ((kinds.TrainConfig, {*TRAIN, *tested_elsewhere}), (kinds.ClipConfig, CLIP),
+    in_test_clip = {"vision_timm", "lock_vision"}
+    for kind, walked in ((kinds.TrainConfig, {*TRAIN, *tested_elsewhere}),
+                         (kinds.ClipConfig, {*CLIP, *in_test_clip}),
                          (kinds.PriorConfig, PRIOR),
                          (kinds.UnetConfig, {**UNET, **UPSAMPLER})):
         assert {item.name for item in fields(kind)} - {"train", "gradient_checkpointing"} == \

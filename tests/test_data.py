@@ -1,6 +1,8 @@
 """Photos made square, captions in each form, and the reading side of the prepared store."""
 
 import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dalle2.arrays import join_arrays, join_starts
 from dalle2.captions import find_form, load_captions
 from dalle2.clip import load_clip
 from dalle2.data import Store, draw_indexes, read_crops
 from dalle2.errors import UserError
 from dalle2.images import cut_jpeg, decode_jpeg, encode_jpeg, load_image, resize, resize_and_crop
 from dalle2.prepare import prepare_store
+from dalle2.rng import shuffle
 
 
 def test_photos_keep_their_shape():
@@ -69,19 +73,19 @@ def store(toy, clip_path, tmp_path_factory):
 
 def test_the_store_holds_what_clip_says_of_each_picture_and_caption(store, toy, clip_path):
     clip = load_clip("", str(clip_path))
-    image = load_image(toy / "train" / store.file_names[5])
+    image = load_image(toy / "train" / store.records[5].file_name)
     assert torch.equal(torch.from_numpy(store.images[5].copy()), image)
     wanted = clip.embed_image(image[None])[0]
     torch.testing.assert_close(torch.tensor(store.image_embed[5]).float(), wanted,
                                atol=2e-3, rtol=0)
     row = store.caption_start[5] + 3
-    text_embed, text_encodings = clip.embed_text(clip.tokenize([store.captions[5][3]]))
+    text_embed, text_encodings = clip.embed_text(clip.tokenize([store.records[5].captions[3]]))
     torch.testing.assert_close(torch.tensor(store.text_embed[row]).float(), text_embed[0],
                                atol=2e-3, rtol=0)
     loaded = store.load_text_encodings([row], text_encodings.shape[1])
     torch.testing.assert_close(loaded.float(), text_encodings, atol=6e-3, rtol=2e-3)
-    again = Store(store.folder)
-    assert again.captions == store.captions and len(again) == len(store) == 64
+    again = Store(store.folders)
+    assert list(again.records) == list(store.records) and len(again) == len(store) == 64
     small = store.load_small_images(32)  # the large ones resized
     assert small.shape == (64, 3, 32, 32)
     assert np.array_equal(small[5], resize(image, 32).numpy())
@@ -100,6 +104,30 @@ def test_each_epoch_draws_each_picture_once():
     assert list(drawn[:10]) != list(drawn[10:])
     assert np.array_equal(draw_indexes(10, 0, 3, 4), drawn[12:16])
     assert not np.array_equal(draw_indexes(10, 1, 3, 4), drawn[12:16])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 4096, 5000])
+def test_shuffling_puts_each_picture_somewhere_else_in_each_epoch(count):
+    first, second = (shuffle(np.arange(count), count, 0, "epoch", epoch) for epoch in (0, 1))
+    assert np.array_equal(np.sort(first), np.arange(count))
+    assert np.array_equal(shuffle(np.arange(count)[-3:], count, 0, "epoch", 0), first[-3:])
+    if count >= 100:
+        for order in (first, second - first):
+            assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.3
+        assert (first == second).mean() < 0.1
+
+
+def test_joined_arrays_read_like_one():
+    whole = np.random.default_rng(0).integers(0, 9, (23, 2))
+    joined = join_arrays([whole[:5], whole[5:6], whole[6:20], whole[20:]])
+    assert joined.shape == whole.shape and joined.dtype == whole.dtype
+    for start in range(25):
+        for stop in range(26):
+            assert np.array_equal(joined[start:stop], whole[start:stop])
+    rows = np.random.default_rng(1).integers(0, 23, 50)
+    assert np.array_equal(joined[rows], whole[rows])
+    assert all(np.array_equal(a, b) for a, b in zip(joined, whole, strict=True))
+    assert join_starts([np.array([0, 2, 5]), np.array([0, 1])]).tolist() == [0, 2, 5, 6]
 
 
 def test_all_captions_of_a_picture_are_drawn_and_no_others(store):
@@ -218,5 +246,123 @@ def test_a_store_of_a_folder_with_its_captions_follows_them(photos, tmp_path):
     first = prepare_store(photos, "", tmp_path / "store", progress=False)
     (photos / "d.txt").write_text("a cat")
     second = prepare_store(photos, "", tmp_path / "store", progress=False)
-    assert first.captions == [["a dog"]]
+    assert [record.captions for record in first.records] == [["a dog"]]
     assert len(second) == 2 and second.folder != first.folder
+
+
+# ----------------------------------------------------------------------------------------------
+# tars
+
+
+def draw_jpeg(number):
+    file = io.BytesIO()
+    Image.new("RGB", (300, 280), (number * 9 % 256, number * 5 % 256, 100)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    """members: {name: bytes, or text}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            content = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_tars(folder, counts):
+    """As img2dataset does: picture, caption and JSON with the same number."""
+    number = 0
+    for shard, count in enumerate(counts):
+        members = {}
+        for _ in range(count):
+            caption = f"caption {number}"
+            members |= {f"{number:09}.jpg": draw_jpeg(number), f"{number:09}.txt": caption,
+                        f"{number:09}.json": json.dumps({"caption": caption, "key": str(number)})}
+            number += 1
+        write_tar(folder / f"{shard:05}.tar", members)
+    return folder
+
+
+def test_tars_are_read_in_place_by_folder_pattern_or_range(tmp_path):
+    folder = write_tars(tmp_path / "tars", (3, 2, 1))
+    for named, count in ((folder, 6), (f"{folder}/*.tar", 6), (f"{folder}/{{00001..00002}}.tar", 3),
+                         (f"{folder}/00001.tar", 2)):
+        assert find_form("", str(named)) == "tar archives"
+        records = load_captions("", str(named))
+        start = 0 if count == 6 else 3
+        assert [r.captions for r in records] == [(f"caption {i + start}",) for i in range(count)]
+        assert load_captions("", str(named), 2) == records[:2]
+    assert load_image(records[0].path).shape == (3, 256, 256)
+    with pytest.raises(UserError, match="img_path: no such file: .*00003.tar"):
+        load_captions("", f"{folder}/{{00002..00003}}.tar")
+
+
+def test_what_is_wrong_in_a_tar_is_left_out_with_a_line_and_the_rest_is_kept(tmp_path):
+    picture, warnings = draw_jpeg(0), []
+    path = write_tar(tmp_path / "a.tar", {
+        "good.jpg": picture, "good.txt": "one\ntwo", "x/also.good.webp": picture,
+        "x/also.json": '{"text": ["three"]}', "none.jpg": picture, "latin.jpg": picture,
+        "latin.txt": "Grün".encode("latin-1"), "blank.jpg": picture, "blank.txt": " \n",
+        "long.jpg": picture, "long.txt": "x" * 10_000_000, "../out.jpg": picture,
+        "../out.txt": "x", "two.jpg": picture, "two.png": picture, "two.txt": "y",
+        "list.jpg": picture, "list.json": "[1]", "alone.txt": "no picture"})
+    records = load_captions("", str(path), warn=warnings.append)
+    assert [(r.name, r.captions) for r in records] == [
+        ("good.jpg", ("one", "two")), ("x/also.good.webp", ("three",)), ("two.jpg", ("y",))]
+    for name, reason in (("none.jpg", "no caption"), ("latin.jpg", "utf-8"),
+                         ("blank.jpg", "empty caption"), ("long", "100000 characters"),
+                         ("out.jpg", "leads out"), ("two.png", "a second picture of two"),
+                         ("list.jpg", "captions")):
+        (line,) = (line for line in warnings if name in line and reason in line)
+        assert "\n" not in line and len(line) < 300
+    with tarfile.open(path) as archive:
+        end = archive.getmember("none.jpg").offset_data + 100
+    (tmp_path / "cut.tar").write_bytes(path.read_bytes()[:end])
+    warnings.clear()
+    assert [r.name for r in load_captions("", str(tmp_path / "cut.tar"), warn=warnings.append)] \
+        == ["good.jpg", "x/also.good.webp"]
+    assert "cut off after" in warnings[0]
+    (tmp_path / "no.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match="no.tar is no uncompressed tar"):
+        load_captions("", str(tmp_path / "no.tar"))
+
+
+def test_a_store_of_tars_is_that_of_their_pictures_and_a_bad_tar_is_left_out(
+        tmp_path, clip_path, capsys):
+    clip = load_clip("", str(clip_path))
+    folder = write_tars(tmp_path / "tars", (3, 2, 4))
+    store = prepare_store(str(folder), "", tmp_path / "store", clip=clip, progress=False)
+    unpacked = tmp_path / "files"
+    for path in folder.iterdir():
+        with tarfile.open(path) as archive:
+            archive.extractall(unpacked, filter="data")
+    plain = prepare_store(str(unpacked), "", tmp_path / "store", clip=clip, progress=False)
+    assert len(store.folders) == 3 and len(plain.folders) == 1 and len(store) == 9
+    rows = np.array([8, 0, 4, 3, 4])
+    for name in ("images", "text_tokens", "image_embed", "text_embed"):  # embedded in other batches
+        np.testing.assert_allclose(getattr(store, name)[rows], getattr(plain, name)[rows],
+                                   atol=2e-3, err_msg=name)
+    torch.testing.assert_close(store.load_text_encodings(rows, 9),
+                               plain.load_text_encodings(rows, 9), atol=6e-3, rtol=2e-3)
+    assert np.array_equal(store.load_small_images(32)[rows], plain.load_small_images(32)[rows])
+    assert [r.captions for r in store.records] == [r.captions for r in plain.records]
+    tokens = store.load_tokens(clip.tokenize, clip.context_length)
+    assert np.array_equal(tokens[rows], clip.tokenize([f"caption {i}" for i in rows]))
+
+    made = {path: path.stat().st_mtime_ns for path in store.folder.rglob("source.json")}
+    write_tar(folder / "00003.tar", {"a.jpg": b"no picture", "a.txt": "x"})
+    (folder / "00004.tar").write_bytes(b"no tar")
+    write_tar(folder / "00005.tar", {"a.jpg": draw_jpeg(1), "a.txt": "one more"})
+    more = prepare_store(str(folder), "", tmp_path / "store", clip=clip, progress=False)
+    assert more.folder == store.folder and len(more) == 10 and more.digest != store.digest
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    said = "".join(capsys.readouterr())
+    assert "00003.tar is left out (none of 1 pictures" in said
+    assert "00004.tar is left out (" in said
+    with pytest.raises(UserError, match="none of 1 pictures"):
+        prepare_store(str(folder), "", tmp_path / "store", clip=clip, progress=False, strict=True)
+    few = prepare_store(str(folder), "", tmp_path / "store", max_images=4, progress=False)
+    assert len(few) == 4 and few.records[3].captions == ["caption 3"]

@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
-    {"errors", "rng", "images", "diffusion", "fast_modules", "rowwise", "sharding", "validation"},
-    {"captions", "config", "files", "logger", "optimizer", "processes"},
-    {"checkpoint", "plots", "gallery", "data"},
+    {"errors", "rng", "archives", "arrays", "diffusion", "fast_modules", "rowwise", "sharding",
+     "validation"},
+    {"captions", "config", "files", "images", "logger", "optimizer", "processes"},
+    {"checkpoint", "plots", "gallery", "data", "shards"},
     {"ema", "clip", "models", "sampling", "prepare"},
     {"run_folder", "train_state", "pipeline", "cli"}, {"train_loop", "tasks", "render"})
 ONE_IMPORTER = {"open_clip": "clip", "pycocotools": "captions", "dalle2_pytorch": "fast_modules",
@@ -51,6 +52,20 @@ def test_a_library_has_one_importer_and_an_entry_script_none():
         for package, owner in ONE_IMPORTER.items():
             assert path.stem == owner or package not in names, path
         assert not names & {"train_prior", "train_decoder", "train_clip", "test_dalle2"}, path
+
+
+@pytest.mark.parametrize("script", ["train_clip.py", "train_prior.py", "train_decoder.py",
+                                    "test_dalle2.py", "data/toy_coco.py"])
+def test_help_does_not_wait_for_torch(script):
+    subprocess.run([sys.executable, "-c", """
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ending:
+    assert not ending.code
+assert "torch" not in sys.modules
+""".replace("sys.argv[0]", repr(script))], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_scripts_are_posix_sh():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dalle2.clip import load_clip
 from dalle2.errors import UserError
-from dalle2.files import GrowingFiles, build_once
+from dalle2.files import GrowingFiles, build_once, hold_lock
 from dalle2.prepare import prepare_store
 
 GOOD = Image.linear_gradient("L").convert("RGB").resize((64, 80))
@@ -44,9 +44,10 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
                 "thin.png": ["word " * 500], "wide.png": ["ünïcode ☃ 雪"]}
     clip = load_clip("", str(clip_path))
     store = prepare(tmp_path, write_coco(tmp_path, images, captions), clip=clip)
-    assert store.file_names == ["a.jpg", "e.jpg", "thin.png", "wide.png"]
-    assert store.image_ids == [10, 11, 17, 18] and len(store.images) == 4
-    assert [len(c) for c in store.captions] == [6, 1, 1, 1]
+    ids, names, captions = zip(*store.records)
+    assert names == ("a.jpg", "e.jpg", "thin.png", "wide.png")
+    assert ids == (10, 11, 17, 18) and len(store.images) == 4
+    assert [len(group) for group in captions] == [6, 1, 1, 1]
     assert store.text_tokens.shape[0] == store.text_embed.shape[0] == 9
     assert store.token_start[-1] == len(store.text_encodings)
     lengths = np.diff(store.token_start)
@@ -60,9 +61,9 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
 
 def test_a_store_of_changed_captions_is_made_anew(tmp_path):
     annot_path = write_coco(tmp_path, {"a.jpg": GOOD}, {"a.jpg": ["one"]})
-    assert prepare(tmp_path, annot_path).captions == [["one"]]
+    assert prepare(tmp_path, annot_path).records[0].captions == ["one"]
     annot_path.write_text(annot_path.read_text().replace("one", "two"))
-    assert prepare(tmp_path, annot_path).captions == [["two"]]
+    assert prepare(tmp_path, annot_path).records[0].captions == ["two"]
 
 
 def test_a_jpeg_store_shows_the_same_pictures_in_less_space(toy, tmp_path):
@@ -74,7 +75,7 @@ def test_a_jpeg_store_shows_the_same_pictures_in_less_space(toy, tmp_path):
     error = np.abs(small.images[rows].astype(float) - plain.images[rows])
     assert 0 < error.mean() < 2
     assert np.array_equal(small.images[5], small.images[4:6][1])
-    sizes = [(store.folder / "images" / f"images.{store.image_format}").stat().st_size
+    sizes = [(store.folders[0] / "images" / f"images.{store.image_format}").stat().st_size
              for store in (small, plain)]
     assert sizes[0] < sizes[1] / 4
     thumbs = [store.load_small_images(32).astype(float) for store in (small, plain)]
@@ -88,7 +89,7 @@ def test_each_photo_can_have_several_views_with_embeddings_of_their_own(toy, tmp
     arguments, clip = (toy / "train", toy / "captions_train.json"), load_clip("", str(clip_path))
     store = prepare_store(*arguments, tmp_path, clip=clip, num_views=3, progress=False)
     plain = prepare_store(*arguments, tmp_path, clip=clip, progress=False)
-    assert len(store) == 192 and len(store.file_names) == 64
+    assert len(store) == 192 and len(store.records) == 64
     assert np.array_equal(store.images[::3], plain.images[:])  # the first view is the photo
     assert np.array_equal(store.image_embed[::3], plain.image_embed)
     others = [(store.images[i + k] != store.images[i]).any()
@@ -154,9 +155,10 @@ PREPARE = """
 import sys
 sys.path[:0] = [{root!r}]
 import dalle2.prepare as prepare
+import dalle2.shards as shards
 from dalle2.clip import load_clip
 prepare.IMAGES_A_STEP = prepare.BATCH_SIZE = 4
-prepare.CAPTIONS_A_STEP = 16
+prepare.CAPTIONS_A_STEP, shards.IMAGES_A_SHARD = 16, 20
 clip = load_clip("", {clip!r})
 prepare.prepare_store({toy!r} + "/train", {toy!r} + "/captions_train.json", {store!r},
                       clip=clip, progress=False)
@@ -164,26 +166,46 @@ prepare.prepare_store({toy!r} + "/train", {toy!r} + "/captions_train.json", {sto
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_store_ends_with_the_same_bytes(toy, clip_path, tmp_path):
-    def run(store, kill_after=None):
+def test_killed_at_random_moments_or_shared_the_store_ends_with_the_same_bytes(
+        toy, clip_path, tmp_path):
+    """Four shards; by one process, by several that are killed one after another, and by two."""
+    def start(store):
         code = PREPARE.format(root=str(ROOT), clip=str(clip_path),
                               toy=str(toy), store=str(store))
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-        if kill_after is not None:
-            deadline = time.time() + 60
-            while not list(store.glob("*/*.part/journal.jsonl")) and process.poll() is None \
-                    and time.time() < deadline:
-                time.sleep(0.005)
-            time.sleep(kill_after)
-            process.send_signal(signal.SIGKILL)
-        assert process.wait(120) == (0 if kill_after is None else -signal.SIGKILL) or kill_after
-    run(tmp_path / "whole")
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+
+    def kill_one(store, kill_after):
+        process, deadline = start(store), time.time() + 60
+        while not list(store.glob("*/*/*.part/journal.jsonl")) and process.poll() is None \
+                and time.time() < deadline:
+            time.sleep(0.005)
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(120) in (0, -signal.SIGKILL)
+    assert start(tmp_path / "whole").wait(120) == 0
     for seed in range(4):
-        run(tmp_path / "killed", random.Random(seed).uniform(0, 0.12))
-    run(tmp_path / "killed")
-    whole, killed = ({path.relative_to(folder): path for path in folder.rglob("*")
-                      if path.is_file() and path.suffix != ".lock"}
-                     for folder in (tmp_path / "whole", tmp_path / "killed"))
-    assert whole.keys() == killed.keys() and len(whole) >= 9
+        kill_one(tmp_path / "killed", random.Random(seed).uniform(0, 0.12))
+    assert start(tmp_path / "killed").wait(120) == 0
+    both = [start(tmp_path / "shared") for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    whole, killed, shared = ({path.relative_to(folder): path for path in folder.rglob("*")
+                              if path.is_file() and path.suffix != ".lock"}
+                             for folder in (tmp_path / x for x in ("whole", "killed", "shared")))
+    assert whole.keys() == killed.keys() == shared.keys() and len(whole) >= 40
     for name in whole:
-        assert filecmp.cmp(whole[name], killed[name], shallow=False), name
+        for other in (killed, shared):
+            assert filecmp.cmp(whole[name], other[name], shallow=False), name
+
+
+def test_a_shard_that_another_process_makes_is_left_to_it(tmp_path):
+    """Without waiting for it, where there is other work."""
+    with hold_lock(tmp_path / ".x.lock", ""):
+        assert build_once(tmp_path / "x", "a", lambda part: None, wait=False) is None
+    assert build_once(tmp_path / "x", "a", lambda part: None, wait=False) == tmp_path / "x"
+
+
+def test_a_store_that_is_made_is_opened_without_its_captions(tmp_path, monkeypatch):
+    annot_path = write_coco(tmp_path, {"a.jpg": GOOD}, {"a.jpg": ["one"]})
+    prepare(tmp_path, annot_path)
+    monkeypatch.setattr("dalle2.captions.read_coco", None)
+    assert prepare(tmp_path, annot_path).records[0] == (10, "a.jpg", ["one"])

@@ -7,6 +7,8 @@ import pytest
 import toy_coco
 from PIL import Image
 
+from dalle2.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def val(toy):
@@ -21,7 +23,8 @@ def test_judge_reads_true_pictures_even_blurred_and_compressed(val):
         small = picture.resize((64, 64), Image.BICUBIC).resize((256, 256), Image.BICUBIC)
         small.save(content := io.BytesIO(), "JPEG", quality=80)
         blurred.append(Image.open(content))
-    accuracy = toy_coco.compute_accuracy(toy_coco.map_check(blurred, val[1]))
+    accuracy = toy_coco.compute_accuracy(toy_coco.map_check(
+        map(toy_coco.find_objects, blurred), val[1]))
     assert min(accuracy.values()) >= 0.99, accuracy
 
 
@@ -32,7 +35,7 @@ def test_judge_sees_each_attribute_change(val):
                             ("size", toy_coco.SIZES)):
             lie = json.loads(json.dumps(attributes))
             lie["objects"][0][name] = next(n for n in names if n != lie["objects"][0][name])
-            result = toy_coco.check_attributes(picture, lie)
+            result = toy_coco.check_attributes(toy_coco.find_objects(picture), lie)
             assert result[name][0] is False
             assert result["background"] == [True] and result["place"][0]
 
@@ -44,3 +47,5 @@ def test_same_seed_same_data_and_a_finished_split_stays(toy, tmp_path, capsys):
     capsys.readouterr()
     toy_coco.write_split(tmp_path, "train", 64, seed=0, num_workers=1)
     assert "exists already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="output_dir: .* has seed 0 and 64 pictures, not 1 and 64"):
+        toy_coco.write_split(tmp_path, "train", 64, seed=1, num_workers=1)

@@ -14,7 +14,7 @@ import torch
 from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.images import to_uint8
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 from dalle2.rng import derive_seed
 
 SEED = derive_seed(0, 0) % 2 ** 31  # of the first picture of test_dalle2.py --seed 0
@@ -34,7 +34,7 @@ CSS = """
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    add_checkpoint_flags(parser)
+    cli.add_checkpoint_flags(parser)
     page = parser.add_argument_group("page")
     page.add_argument("--host", default="127.0.0.1",
                       help="address to listen on; 0.0.0.0: every address of this machine")

@@ -123,7 +123,7 @@ def load_true_and_conditions(run, store):
     def load_images(size):
         images = store.images if size == store.images.shape[-1] else store.load_small_images(size)
         return torch.tensor(images[:]) / 255
-    image_embed = torch.tensor(store.image_embed).float()
+    image_embed = torch.tensor(store.image_embed[:]).float()
     if run.unet_number == 0:
         rows = store.caption_start[:-1]
         encodings = store.load_text_encodings(rows, run.config.max_text_len).float()

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import functional as TF
 
 from dalle2 import cli
-from dalle2.captions import find_form, load_captions
+from dalle2.captions import TARS, find_form, load_captions
 from dalle2.config import PRESETS
 from dalle2.data import count_cores
 from dalle2.errors import UserError, rename_argument
@@ -93,20 +93,23 @@ def main():
 
 def check_captions(args, report):
     """Reports the counts of both splits. Returns the captioned images of the train split."""
-    splits = cli.list_splits(args)
-    if len(splits) == 1:
+    splits, found = cli.list_splits(args), []
+    if all(split == "train" for split, *_ in splits):
         report.warning("no validation data, so over-training cannot be seen: give "
                        "--val_annot_path")
     for split, annot_path, img_path in reversed(splits):
+        form = find_form(annot_path, img_path)
         with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
-            records = load_captions(annot_path, img_path)
+            records = load_captions(annot_path, img_path, warn=lambda line: report.warning(
+                line.removeprefix("warning: ")))
         counts = [len(record.captions) for record in records]
-        missing = [r.path for r in records if not os.path.isfile(r.path)]
+        missing = [] if form == TARS else [r.path for r in records if not os.path.isfile(r.path)]
         report.check(not missing, f"{split}: {len(records)} pictures, {sum(counts)} captions, "
-                     f"{min(counts)} to {max(counts)} a picture, {find_form(annot_path, img_path)}",
+                     f"{min(counts)} to {max(counts)} a picture, {form}",
                      f"{len(missing)} pictures are missing, such as {missing[:1]}; they will be "
                      "left out")
-    return records
+        found += records if split == "train" else []
+    return found
 
 
 def check_pictures(sample, report):

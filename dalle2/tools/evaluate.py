@@ -18,13 +18,13 @@ import torch
 
 from dalle2 import cli
 from dalle2.captions import compute_captions_digest
+from dalle2.config import SAMPLER_NAMES
 from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 from dalle2.processes import join_processes, share_errors
 from dalle2.render import Job, list_coco_captions, render_jobs
 from dalle2.rng import derive_seed
-from dalle2.sampling import SAMPLER, SAMPLERS
 from dalle2.tools import metrics
 from dalle2.tools.judge import Embedded, embed_captions, embed_photos, embed_train, load_judge
 from dalle2.tools.plots import save_tradeoff
@@ -47,7 +47,7 @@ COLUMNS = {  # of the tables: {name: (title, format)}
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    add_checkpoint_flags(parser)
+    cli.add_checkpoint_flags(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--test_img_path", default=f"{cli.DATA_DIR}/val2014", help="picture folder")
     data.add_argument("--test_annot_path", help="COCO captions file",
@@ -73,7 +73,7 @@ def parse_args():
                         "for a caption; the nearest to it is kept (None: the config's)")
     sample.add_argument("--lowres_noise_level", type=int, help="noise, of 1000, on the input of "
                         "an upsampler (None: the configs')")
-    sample.add_argument("--sampler", choices=list(SAMPLERS), default=SAMPLER)
+    sample.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0])
     cli.add_precision_flag(sample)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch_size", type=int, help="pictures at a time (None: 16 on a "

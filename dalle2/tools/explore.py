@@ -25,7 +25,7 @@ from dalle2.images import (
     resize,
     save_jpeg,
 )
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 from dalle2.rng import derive_seed
 from dalle2.rowwise import in_groups
 from dalle2.sampling import (
@@ -77,7 +77,7 @@ def parse_args():
         command.add_argument("--cond_scale", type=float,
                              help="guidance of the first stage, 1 is none (None: the "
                              "config's)")
-        add_checkpoint_flags(command)
+        cli.add_checkpoint_flags(command)
     return parser.parse_args()
 
 

@@ -164,7 +164,7 @@ def embed_train(args, judge, warnings):
             return None
         store = prepare_store(args.train_img_path, args.train_annot_path, args.store_dir,
                               clip=judge.clip)
-    return F.normalize(torch.tensor(store.image_embed).to(judge.clip.device).float(), dim=-1)
+    return F.normalize(torch.tensor(store.image_embed[:]).to(judge.clip.device).float(), dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dalle2 import cli
 from dalle2.checkpoint import load_export, save_export
 from dalle2.errors import UserError, rename_argument
 from dalle2.files import replace_file
-from dalle2.pipeline import add_checkpoint_flags, load_pipeline
+from dalle2.pipeline import load_pipeline
 
 CARD = """---
 license: other  # choose one
@@ -38,7 +38,7 @@ A text-to-image model: a diffusion prior and a cascaded decoder in the manner of
 
 def parse_args():
     parser = cli.Parser(__doc__.splitlines()[0])
-    add_checkpoint_flags(parser)
+    cli.add_checkpoint_flags(parser)
     parser.add_argument("--output_dir", required=True, help="the folder, new or empty")
     parser.add_argument("--grid", help="a picture to show on the card, such as result/grid.jpg")
     return parser.parse_args()
