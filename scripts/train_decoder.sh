@@ -3,7 +3,7 @@
 # (`python train_decoder.py --help`). Trains one stage after another, or only the stage that
 # --unet_number names. The same command resumes.
 # Hardware: one 80 GB GPU or several smaller ones for preset base (the default), one 12 GB GPU for
-# small, 2 CPU cores for toy. No preset has been run on a GPU yet.
+# small (run for minutes on an H200), 2 CPU cores for toy.
 # Disk: 20 GB for COCO and 27 GB for the prepared store, which prior and decoder share.
 set -eu
 cd "$(dirname "$0")/.."

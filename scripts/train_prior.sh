@@ -2,7 +2,7 @@
 # Trains the diffusion prior on COCO 2014 (downloaded by data/coco_download.py), or on data given by
 # flags (`python train_prior.py --help`). The same command resumes.
 # Hardware: one 80 GB GPU or several smaller ones for preset base (the default), one 12 GB GPU for
-# small, 2 CPU cores for toy. No preset has been run on a GPU yet.
+# small (run for minutes on an H200), 2 CPU cores for toy.
 # Disk: 20 GB for COCO and 27 GB for the prepared store, which prior and decoder share.
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,20 +1,15 @@
 """Fixtures: a small toy data set, an untrained CLIP of its own kind, and the command line."""
 
 import gc
-import os
-import runpy
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import toy_coco
-from helpers import write_clip
+from helpers import ROOT, name_data, run_script, write_clip
 
-ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = "chromium", "chromium-browser", "google-chrome"
 
 
@@ -71,21 +66,9 @@ def store_dir(tmp_path_factory):
 
 @pytest.fixture
 def data_flags(toy, store_dir):
-    return ["--train_img_path", f"{toy}/train", "--train_annot_path", f"{toy}/captions_train.json",
-            "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
-            "--num_val_images", "16", "--store_dir", str(store_dir)]
+    return [*name_data(toy), "--num_val_images", "16", "--store_dir", str(store_dir)]
 
 
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-    """run_script("train_prior.py", "--flag", ...) -> (exit code, stdout, stderr), in process."""
-    def run(script, *flags):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-        return code, *capsys.readouterr()
-    return run
+@pytest.fixture(name="run_script")
+def give_run_script():
+    return run_script

@@ -1,5 +1,6 @@
 """What several tests need: a data set, untrained exports, two processes, what a refusal is."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -17,15 +18,18 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
+from dalle2 import cli
 from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip, load_clip
 from dalle2.config import PRESETS, config_to_dict
 from dalle2.data import Record, Store
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
+from dalle2.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds for two processes to import torch, meet and finish on a busy machine
+NO_CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")
 TOY, D = PRESETS["toy"], 128  # D: embedding size of the toy preset's CLIP
 
 
@@ -50,10 +54,25 @@ class RandomStore(Store):
         return tokenize([text for record in self.records for text in record.captions]).numpy()
 
 
+def name_data(toy):
+    """The flags of the toy data set's two splits."""
+    return [part for split in ("train", "val") for part in (
+        f"--{split}_img_path", f"{toy}/{split}",
+        f"--{split}_annot_path", f"{toy}/captions_{split}.json")]
+
+
 def draw_unit(random, count):
     """(count, D) of unit norm, float16 as in a store."""
     embed = random.standard_normal((count, D))
     return (embed / np.linalg.norm(embed, axis=1, keepdims=True)).astype(np.float16)
+
+
+def build_network(preset, name, embed_dim=D):
+    """A preset's "prior", "unet1" or "unet2"."""
+    if name == "prior":
+        return build_prior(preset.prior, embed_dim)
+    number = int(name[-1])
+    return build_unet(preset.decoder.unets[number - 1], number, embed_dim)
 
 
 def make_network(name, device="cpu"):
@@ -61,14 +80,13 @@ def make_network(name, device="cpu"):
     the unets' last layers, which begin at zero, are drawn."""
     torch.manual_seed(0)
     t, embed = torch.tensor([3, 500, 998], device=device), torch.randn(3, D, device=device)
+    network = build_network(TOY, name).to(device)
     if name == "prior":
-        return build_prior(TOY.prior, D).to(device), (embed, t), dict(
+        return network, (embed, t), dict(
             text_embed=embed.flip(0), text_encodings=torch.randn(3, 9, D, device=device))
-    number = int(name[-1])
-    network = build_unet(TOY.decoder.unets[number - 1], number, D).to(device)
     torch.nn.init.normal_(network.to_out.weight, std=0.1)
     x = torch.randn(3, 3, 32, 32, device=device)
-    return network, (x, t), dict(image_embed=embed) if number == 1 else dict(
+    return network, (x, t), dict(image_embed=embed) if name == "unet1" else dict(
         image_embed=None, lowres_cond_img=x, lowres_noise_level=t)
 
 
@@ -95,11 +113,12 @@ def write_clip(path, seed=0, noise=0.0):
 
 
 def write_checkpoints(folder, clip_path, prior=TOY.prior, unets=TOY.decoder.unets, noise=0.0):
-    """Untrained `prior.safetensors` and `decoder.safetensors` for the CLIP in `clip_path`, with
-    noise in every weight (without it the decoder draws gray). Returns the flags that name them."""
+    """Untrained `prior.safetensors` and `decoder.safetensors` for the CLIP in `clip_path` or none,
+    with noise in every weight (without it the decoder draws gray). Returns the flags that name
+    them."""
     torch.manual_seed(0)
-    clip = {"clip_model": "", "clip_pretrained": str(clip_path), "relative_path": "",
-            "fingerprint": load_clip("", str(clip_path)).fingerprint}
+    clip = NO_CLIP | ({"clip_pretrained": str(clip_path), "fingerprint": load_clip(
+        "", str(clip_path)).fingerprint} if clip_path else {})
     weights = {f"net.{name}": value for name, value in build_prior(prior, D).state_dict().items()}
     save_export(folder / "prior.safetensors", "prior", {
         "config": config_to_dict(prior), "embed_dim": D, "clip": clip, "step": 0},
@@ -117,6 +136,13 @@ def write_decoder(path, clip, unets, noise=0.0):
     stages = [config and {"config": config_to_dict(config), "step": 0} for config in unets]
     save_export(path, "decoder", {"embed_dim": D, "clip": clip, "stages": stages},
                 shake(weights, noise))
+
+
+def open_pipeline(flags):
+    """The Pipeline of the checkpoints that the flags name, on the CPU."""
+    parser = argparse.ArgumentParser()
+    cli.add_checkpoint_flags(parser)
+    return load_pipeline(parser.parse_args(flags), torch.device("cpu"))
 
 
 def change_unets(*changes):
@@ -143,24 +169,25 @@ def extract_means(image):
     return torch.cat([image.float().mean((2, 3)), image.float().std((2, 3))], 1)
 
 
-def run_in_two_processes(function, folder, *args):
-    """function(rank, folder, *args) in two processes of one launch; raises what either raised."""
+def run_in_processes(function, folder, *args, processes=2):
+    """function(rank, folder, *args) in the processes of one launch; raises what one raised."""
     end = time.monotonic() + PATIENCE
-    running = multiprocessing.spawn(enter_process, (function, folder, *args), nprocs=2, join=False)
+    running = multiprocessing.spawn(enter_process, (processes, function, folder, *args),
+                                    nprocs=processes, join=False)
     try:
         while not running.join(timeout=1):
-            assert time.monotonic() < end, f"the two processes have not ended in {PATIENCE} s"
+            assert time.monotonic() < end, f"the processes have not ended in {PATIENCE} s"
     finally:
         for process in running.processes:
             process.kill()
 
 
-def enter_process(rank, function, folder, *args):
+def enter_process(rank, processes, function, folder, *args):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="localhost", MASTER_PORT="0")  # they meet in a file
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                      LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT="0")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                                         world_size=2, timeout=timedelta(seconds=PATIENCE))
+                                         world_size=processes, timeout=timedelta(seconds=PATIENCE))
     try:
         function(rank, folder, *args)
         torch.distributed.barrier()  # nobody leaves while the other still gathers
@@ -168,13 +195,23 @@ def enter_process(rank, function, folder, *args):
         torch.distributed.destroy_process_group()
 
 
-def call(script, *flags):
-    """Runs a Python script of the repository in this process; returns what it printed."""
-    printed = io.StringIO()
+def run_script(script, *flags):
+    """A Python script of the repository, run in this process -> (exit code, stdout, stderr)."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
     with patch.object(sys, "argv", [script, *map(str, flags)]), \
-            contextlib.redirect_stdout(printed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    return printed.getvalue()
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def call(script, *flags):
+    """What a script printed that ended well."""
+    code, out, err = run_script(script, *flags)
+    assert code == 0, err
+    return out
 
 
 def check_refused(result, told):

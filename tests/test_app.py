@@ -5,20 +5,17 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
 from dataclasses import replace
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOY, call, change_unets, check_refused, write_checkpoints
+from helpers import TOY, call, change_unets, check_refused, open_pipeline, write_checkpoints
 from PIL import Image
 
-from dalle2 import cli
 from dalle2.errors import UserError
 from dalle2.images import save_jpeg
-from dalle2.pipeline import load_pipeline
 from dalle2.tools import app
 
 SETTINGS = {"seed": 5, "cond_scale": 1.5, "prior_cond_scale": 1.0, "sample_timesteps": (3, 2, 1)}
@@ -35,15 +32,7 @@ def flags(clip_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(flags):
-    parser = ArgumentParser()
-    cli.add_checkpoint_flags(parser)
-    return load_pipeline(parser.parse_args(flags), cli.pick_device())
-
-
-def find_free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return open_pipeline(flags)
 
 
 def test_a_seed_names_a_picture_and_the_report_its_making(pipeline, monkeypatch):
@@ -90,7 +79,10 @@ def test_the_page_in_a_browser(browser, flags, tmp_path):
     """Prompt, button, picture, report; an empty prompt; nothing asked of another host."""
     pytest.importorskip("gradio")
     from playwright.sync_api import expect
-    port, printed = find_free_port(), tmp_path / "printed"
+    printed = tmp_path / "printed"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # a free one
     with open(printed, "w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "dalle2.tools.app", *flags, "--port", str(port)], stdout=file,

@@ -1,5 +1,8 @@
-"""Every field of the config changes something: each is walked, and what comes out is compared."""
+"""The configs: senseless values are named; every field changes something: each is walked, and what
+comes out is compared; what a task draws and validates."""
 
+import ast
+import json
 from dataclasses import fields, replace
 
 import numpy as np
@@ -7,12 +10,20 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from helpers import TOY, D, RandomStore, shake_module
+from helpers import ROOT, TOY, D, RandomStore, shake_module
 from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
 from dalle2 import config as kinds
 from dalle2.clip import build_clip
+from dalle2.config import (
+    PRESETS,
+    Preset,
+    PriorConfig,
+    config_from_dict,
+    config_to_dict,
+    validate_config,
+)
 from dalle2.errors import UserError
 from dalle2.images import resize
 from dalle2.models import build_prior, build_unet
@@ -20,6 +31,42 @@ from dalle2.rng import BatchRandom
 from dalle2.sampling import build_stages, sample_image_embed, sample_images
 from dalle2.tasks import ClipTask, PriorTask, UnetTask
 from dalle2.train_state import TrainState
+from dalle2.validation import ROWS
+
+
+def test_every_field_is_read_somewhere():
+    paths = {*ROOT.glob("*.py"), *ROOT.glob("dalle2/*.py")} - {ROOT / "dalle2" / "config.py"}
+    read = {node.attr for path in paths for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    for kind in (kinds.TrainConfig, kinds.ClipConfig, PriorConfig, kinds.UnetConfig):
+        assert {item.name for item in fields(kind)} <= read
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    preset = PRESETS[name]
+    validate_config(preset)
+    assert config_from_dict(Preset, json.loads(json.dumps(config_to_dict(preset)))) == preset
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"depht": 3}, "depht"), ({"train": [1]}, "TrainConfig"), ({"depth": "4"}, "depth"),
+    ({"depth": 4.0}, "depth"), ({"depth": True}, "depth"), ({"depth": None}, "depth"),
+    ({"normformer": 1}, "normformer"), ({"beta_schedule": "sine"}, "beta_schedule"),
+    ({"depth": 0}, "depth: 0 must be positive"), ({"cond_scale": float("nan")}, "cond_scale"),
+    ({"depth": 2 ** 63}, "depth"), ({"text_cond_drop_prob": 1.0}, "must be below 1")])
+def test_senseless_values_are_named(changes, told):
+    with pytest.raises(UserError, match=told):
+        validate_config(config_from_dict(PriorConfig, {**config_to_dict(TOY.prior), **changes}))
+
+
+def test_a_missing_field_is_named_and_a_whole_number_is_a_number():
+    values = config_to_dict(TOY.prior)
+    assert config_from_dict(PriorConfig, {**values, "cond_scale": 2}).cond_scale == 2
+    del values["depth"]
+    with pytest.raises(UserError, match="missing fields .'depth'"):
+        config_from_dict(PriorConfig, values)
+
 
 TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="constant",
              warmup_steps=5, weight_decay=0.9, adam_beta2=0.5, adam_eps=1e-2,
@@ -93,32 +140,26 @@ def test_training(field, tmp_path, seen):
         assert_changes(seen, "train", run, config, replace(config, **{field: TRAIN[field]}))
 
 
-def test_mixed_precision():
-    for name in ("no", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        assert cli.build_accelerator(name).mixed_precision == name
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def test_channels_last(store):
     """Kernels lie with their channels innermost; the loss stays what it was."""
-    losses = []
+    task, losses = UnetTask(1, TOY.decoder, Accelerator(cpu=True), store), []
     for channels_last in (False, True):
         torch.manual_seed(0)
-        config = replace(TOY.decoder.unets[0], train=replace(
-            TOY.decoder.unets[0].train, batch_size=2, channels_last=channels_last))
-        task = UnetTask(1, kinds.DecoderConfig(unets=(config,)), Accelerator(cpu=True), store)
-        unet = shake_module(build_unet(config, 1, D))
-        state = TrainState(unet, config.train, task.accelerator)
+        unet = shake_module(build_unet(task.config, 1, D))
+        state = TrainState(unet, replace(task.config.train, batch_size=2,
+                                         channels_last=channels_last), task.accelerator)
         kernels = [p for p in unet.parameters() if p.ndim == 4 and min(p.shape) > 1]
         assert all(p.is_contiguous(memory_format=torch.channels_last) == channels_last
                    for p in kernels)
-        batch = task.draw(0, slice(None), BatchRandom("data", batch_size=2))
+        batch = task.load(store, np.arange(2), BatchRandom("data", batch_size=2))
         losses.append(state.compute_gradients(0, batch, task.loss).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_what_does_not_go_with_fsdp_is_refused(monkeypatch):
+def test_precision_is_accelerates_and_what_does_not_go_with_fsdp_is_refused(monkeypatch):
+    for name in ("bf16", "no"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.build_accelerator(name).mixed_precision == name
     for other in ({"compile": True}, {"mixed_precision": "fp16"}):
         with pytest.raises(UserError, match="fsdp: goes with neither"):
             kinds.validate_config(replace(CONFIG, fsdp=True, **other))
@@ -191,7 +232,7 @@ def test_decoder(number, field, seen, store):
 def test_the_upsampler_sees_the_place_that_it_draws(store):
     """Where target and condition are cut out at different corners, little can be learned."""
     upsampler, seen = replace(TOY.decoder.unets[1], lowres_noise_max_level=0), []
-    task = UnetTask(2, kinds.DecoderConfig(unets=(TOY.decoder.unets[0], upsampler)),
+    task = UnetTask(2, replace(TOY.decoder, unets=(TOY.decoder.unets[0], upsampler)),
                     Accelerator(cpu=True), store)
 
     def keep(x_t, t, *, lowres_cond_img, lowres_noise_level):
@@ -201,3 +242,33 @@ def test_the_upsampler_sees_the_place_that_it_draws(store):
     batch["t"] = torch.zeros(4, dtype=torch.long)  # hardly any noise
     task.loss(keep, batch, BatchRandom("noise", batch_size=4))
     assert torch.nn.functional.cosine_similarity(*seen).min() > 0.5
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_pictures_that_a_gpu_holds_give_the_batch_of_those_on_disk(number, monkeypatch):
+    def draw():
+        task = UnetTask(number, TOY.decoder, Accelerator(cpu=True), RandomStore())
+        batch = task.load(task.train_store, np.array([3, 0, 5]), BatchRandom("data", batch_size=3))
+        return batch.keys() - {"index", "corner", "image_embed"}, task.complete(
+            dict(batch), task.train_store)
+    read, wanted = draw()
+
+    def hold(store, size, device):
+        pictures = store.images if size == 256 else store.load_small_images(size)
+        return torch.from_numpy(pictures)
+    monkeypatch.setattr("dalle2.tasks.load_pictures", hold)
+    copied, found = draw()
+    assert read == ({"image"} if number == 1 else {"image", "lowres_cond_img"}) and not copied
+    assert found.keys() == wanted.keys() and found["image"].shape[-1] == (32, 64)[number - 1]
+    for name, value in wanted.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_the_prior_draws_for_a_slice_of_the_validation_pictures_at_a_time():
+    config = replace(TOY.prior, sample_timesteps=1)
+    store = RandomStore(ROWS + 2)
+    task = PriorTask(config, Accelerator(cpu=True), store, store)
+    prior, rows = build_prior(config, D), []
+    prior.register_forward_pre_hook(lambda prior, args: rows.append(len(args[0])))
+    assert task.predict(prior).shape == (ROWS + 2, D)
+    assert rows == [config.num_candidates * ROWS, config.num_candidates * 2]

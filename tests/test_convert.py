@@ -1,17 +1,13 @@
 """Weights to and from the stock classes of dalle2-pytorch, through the command line."""
 
-
 import pytest
 import torch
 from dalle2_pytorch import dalle2_pytorch as library
-from helpers import TOY, D, call, check_refused, make_network, shake_module
+from helpers import TOY, D, call, check_refused, make_network, write_checkpoints
 
-from dalle2.checkpoint import load_export, save_export
-from dalle2.config import config_to_dict
+from dalle2.checkpoint import load_export
 from dalle2.diffusion import compute_betas
-from dalle2.models import build_prior, build_unet, load_decoder, load_prior
-
-CLIP = dict.fromkeys(("clip_model", "clip_pretrained", "relative_path", "fingerprint"), "")
+from dalle2.models import load_decoder, load_prior
 
 
 @pytest.fixture
@@ -45,43 +41,35 @@ def run(network, name):
 
 @torch.no_grad()
 def test_a_prior_goes_to_the_stock_class_and_back(run_convert, tmp_path):
-    ours = build_prior(TOY.prior, D).eval()
-    save_export(tmp_path / "a.safetensors", "prior", {
-        "config": config_to_dict(TOY.prior), "embed_dim": D, "clip": CLIP, "step": 1},
-        {f"net.{name}": value for name, value in ours.state_dict().items()})
-    run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")
-    stock = build_library_prior().eval()
+    write_checkpoints(tmp_path, None)
+    run_convert("--input", tmp_path / "prior.safetensors", "--output", tmp_path / "b.pt")
+    ours, stock = load_prior(tmp_path / "prior.safetensors")[0], build_library_prior().eval()
     stock.load_state_dict(torch.load(
         tmp_path / "b.pt", map_location="cpu", weights_only=True), strict=True)
     torch.testing.assert_close(run(stock.net, "prior"), run(ours, "prior"), atol=1e-5, rtol=1e-4)
     run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors")
-    weights = [load_export(tmp_path / f"{name}.safetensors", "prior")[1] for name in "ac"]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    weights = load_export(tmp_path / "c.safetensors", "prior")[1]
+    assert weights.keys() == {f"net.{name}" for name in ours.state_dict()}
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, weights[f"net.{name}"])
 
 
 @torch.no_grad()
 def test_a_decoder_goes_to_the_stock_class_and_back(run_convert, tmp_path):
-    unets = [shake_module(build_unet(c, n, D)).eval()
-             for n, c in enumerate(TOY.decoder.unets, start=1)]
-    stages = [{"config": config_to_dict(c), "step": 1} for c in TOY.decoder.unets]
-    save_export(tmp_path / "a.safetensors", "decoder",
-                {"embed_dim": D, "clip": CLIP, "stages": stages},
-                {f"unets.{i}.{name}": value for i, unet in enumerate(unets)
-                 for name, value in unet.state_dict().items()})
-    run_convert("--input", tmp_path / "a.safetensors", "--output", tmp_path / "b.pt")
+    write_checkpoints(tmp_path, None, noise=0.05)
+    run_convert("--input", tmp_path / "decoder.safetensors", "--output", tmp_path / "b.pt")
     state = torch.load(tmp_path / "b.pt", map_location="cpu", weights_only=True)
-    stock = build_library_decoder().eval()
+    unets, stock = load_decoder(tmp_path / "decoder.safetensors")[0], build_library_decoder().eval()
     for number, config in enumerate(TOY.decoder.unets):
         torch.testing.assert_close(state[f"noise_schedulers.{number}.betas"],
                                    compute_betas(config.beta_schedule, 1000).float())
     stock.load_state_dict(state, strict=True)
-    torch.testing.assert_close(run(stock.unets[0], "unet1"), run(unets[0], "unet1"), atol=1e-4,
+    torch.testing.assert_close(run(stock.unets[0], "unet1"), run(unets[1], "unet1"), atol=1e-4,
                                rtol=1e-4)
     run_convert("--input", tmp_path / "b.pt", "--output", tmp_path / "c.safetensors",
                 "--preset", "toy")
     again = load_decoder(tmp_path / "c.safetensors")[0]
-    for number, unet in enumerate(unets, start=1):
+    for number, unet in unets.items():
         torch.testing.assert_close(run(again[number], f"unet{number}"), run(unet, f"unet{number}"))
 
 

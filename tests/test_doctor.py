@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import write_coco
+from helpers import name_data, write_coco
 from PIL import Image
 
 from dalle2.config import PRESETS, DecoderConfig
@@ -33,10 +33,8 @@ def find(lines, word):
 def test_good_data_is_looked_at_from_all_sides(run_doctor, toy, clip_path, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "REPEATS", 1)
     monkeypatch.setattr(doctor, "find_rows", partial(doctor.find_rows, budget=0))
-    code, lines = run_doctor(
-        "--train_img_path", f"{toy}/train", "--train_annot_path", f"{toy}/captions_train.json",
-        "--val_img_path", f"{toy}/val", "--val_annot_path", f"{toy}/captions_val.json",
-        "--clip_pretrained", str(clip_path), "--store_dir", str(tmp_path))
+    code, lines = run_doctor(*name_data(toy), "--clip_pretrained", str(clip_path),
+                             "--store_dir", str(tmp_path))
     assert all(line.split()[0] in ("ok", "warning", "error") for line in lines)
     assert find(lines, "train:") == ("ok       train: 64 pictures, 320 captions, 5 to 5 a picture, "
                                      "COCO captions file")
@@ -87,11 +85,10 @@ def test_as_many_rows_are_timed_as_pay(monkeypatch, cost, most, told):
 
 
 def test_training_time_counts_rows_updates_and_devices(monkeypatch, capsys):
-    train = replace(PRESETS["toy"].prior.train, num_steps=3600, batch_size=100,
-                    device_batch_size=20)
-    preset = replace(PRESETS["toy"], prior=replace(PRESETS["toy"].prior, train=train),
+    prior, asked = PRESETS["toy"].prior, []
+    train = replace(prior.train, num_steps=3600, batch_size=100, device_batch_size=20)
+    preset = replace(PRESETS["toy"], prior=replace(prior, train=train),
                      decoder=DecoderConfig(unets=()))
-    asked = []
     monkeypatch.setattr(doctor, "time_step", lambda *args: asked.append(args[-1]) or (8, 0.4, 0.5))
     for devices, most, hours in ((0, 20, "5.5"), (4, 20, "1.8")):
         monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOY, change_unets, check_refused, write_checkpoints
+from helpers import TOY, change_unets, check_refused, open_pipeline, write_checkpoints
 from PIL import Image
 
 from dalle2.config import UnetConfig
 from dalle2.diffusion import Diffusion
-from dalle2.pipeline import Pipeline, load_pipeline
+from dalle2.pipeline import Pipeline
 from dalle2.sampling import build_stages
 from dalle2.tools import explore
 
@@ -21,17 +21,14 @@ MEAN, SPREAD, DROPPED_MEAN = 0.1, 0.25, 0.4
 
 @pytest.fixture(scope="module")
 def checkpoints(clip_path, tmp_path_factory):
-    """Untrained exports by flag, so small that they draw at once."""
-    folder = tmp_path_factory.mktemp("ckpt")
-    write_checkpoints(folder, clip_path, noise=0.1,
-                      unets=change_unets({"dim": 8}, {"dim": 8, "sample_timesteps": 1}))
-    return {f"{kind}_ckpt": str(folder / f"{kind}.safetensors") for kind in ("prior", "decoder")}
+    """Flags of untrained exports, so small that they draw at once."""
+    return write_checkpoints(tmp_path_factory.mktemp("ckpt"), clip_path, noise=0.1,
+                             unets=change_unets({"dim": 8}, {"dim": 8, "sample_timesteps": 1}))
 
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoints):
-    return load_pipeline(SimpleNamespace(**checkpoints, clip_model=None, clip_pretrained=None,
-                                         compile=False), torch.device("cpu"))
+    return open_pipeline(checkpoints)
 
 
 @pytest.fixture
@@ -114,8 +111,8 @@ def test_a_text_diff_turns_the_embedding_towards_the_captions_difference(pipelin
 
 
 def test_a_command_writes_one_strip_or_one_line(run_script, checkpoints, tmp_path, toy):
-    flags = [part for name, path in checkpoints.items() for part in (f"--{name}", path)]
-    flags += ["--output_dir", tmp_path / "out", "--sample_timesteps", 3, "--cond_scale", 1]
+    flags = [*checkpoints, "--output_dir", tmp_path / "out", "--sample_timesteps", 3,
+             "--cond_scale", 1]
 
     def run(command, *more):
         return run_script("dalle2/tools/explore.py", command, *flags, *more)

@@ -13,11 +13,10 @@ from dalle2.images import save_jpeg
 
 def make_gallery(folder):
     captions = ["a red bus", 'a "blue" <b>bus</b> & sheep', "two red sheep", "a cat " + "x" * 200]
-    entries = []
-    for number, caption in enumerate(captions):
-        save_jpeg(torch.full((3, 256, 256), number / 4), folder / f"no {number} #.jpg")
-        entries.append({"file": f"no {number} #.jpg", "caption": caption, "image_id": None,
-                        "seed": number, "clip_score": (number * 3 % 4) / 4})
+    entries = [{"file": f"no {number} #.jpg", "caption": caption, "image_id": None, "seed": number,
+                "clip_score": (number * 3 % 4) / 4} for number, caption in enumerate(captions)]
+    for entry in entries:
+        save_jpeg(torch.full((3, 256, 256), entry["seed"] / 4), folder / entry["file"])
     save_jpeg(torch.ones(3, 64, 64), folder / "photo.png")
     nearest = [(torch.zeros(3, 256, 256, dtype=torch.uint8), 0.1 * n) for n in (3, 1, 4, 2)]
     entries[0]["photo"] = "photo.png"

@@ -1,8 +1,5 @@
 """Scores: of validation, and of rendered pictures, against their definitions written out."""
 
-import math
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,17 +27,14 @@ def draw_embeds(count, seed, shift=0.0, width=16):
     return F.normalize(noise, dim=-1)
 
 
-def test_losses_by_quartile_of_the_timestep():
+def test_losses_by_quartile_of_timesteps_that_are_spread_evenly_and_always_the_same():
     row = summarize_by_quartile(torch.tensor([1.0, 3, 10, 20, 30, 50]),
                                 torch.tensor([0, 249, 250, 500, 749, 999]), 1000)
     assert row == {"val_loss": 19.0, "val_loss_q1": 2.0, "val_loss_q2": 10.0, "val_loss_q3": 25.0,
                    "val_loss_q4": 50.0}
-
-
-def test_fixed_timesteps_are_spread_evenly_and_always_the_same():
     t = compute_fixed_timesteps(512, 1000)
-    assert torch.equal(t, compute_fixed_timesteps(512, 1000))
-    assert torch.bincount(t * 4 // 1000).tolist() == [128] * 4 and not torch.equal(t, t.sort()[0])
+    assert torch.equal(t, compute_fixed_timesteps(512, 1000)) and not torch.equal(t, t.sort()[0])
+    assert torch.bincount(t * 4 // 1000).tolist() == [128] * 4
 
 
 def test_recall_counts_equal_scores_against_the_query():
@@ -64,24 +58,18 @@ def test_scores_of_predicted_image_embeddings():
 # rendered pictures
 
 
-def compute_cmmd_slowly(x, y):
-    """Jayasumana et al. 2024, eq. 4, pair by pair."""
-    def k(a, b):
-        return math.exp(-sum((p - q) ** 2 for p, q in zip(a, b)) / (2 * 10 ** 2))
-    x, y = x.double().tolist(), y.double().tolist()
-    n, m = len(x), len(y)
-    within_x = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    within_y = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
-    return 1000 * (within_x + within_y - 2 * sum(k(a, b) for a in x for b in y) / (n * m))
-
-
 def test_cmmd_is_that_of_the_paper(monkeypatch):
+    """Jayasumana et al. 2024, eq. 4."""
     monkeypatch.setattr(metrics, "CHUNK_SIZE", 3)
-    x, y = draw_embeds(13, 0, 4.0), draw_embeds(20, 1)
-    expected = compute_cmmd_slowly(x, y)
+    x, y = draw_embeds(13, 0, 4.0).double(), draw_embeds(20, 1).double()
+
+    def k(a, b):
+        return (-torch.cdist(a, b).square() / (2 * 10 ** 2)).exp()
+    within = [(k(a, a).sum() - len(a)) / (len(a) * (len(a) - 1)) for a in (x, y)]
+    expected = (1000 * (sum(within) - 2 * k(x, y).mean())).item()
     assert expected > 0.1
-    assert compute_cmmd(x, y)[0] == pytest.approx(expected, abs=1e-3)
-    assert compute_cmmd(y, x)[0] == pytest.approx(expected, abs=1e-3)
+    for one, other in ((x, y), (y, x)):
+        assert compute_cmmd(one.float(), other.float())[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_other_captions_are_fixed_and_never_the_own_words():
@@ -99,14 +87,11 @@ def test_other_captions_are_fixed_and_never_the_own_words():
 def test_r_precision_counts_pictures_nearest_to_their_own_caption(monkeypatch):
     monkeypatch.setattr(metrics, "CHUNK_SIZE", 7)
     image_embed, text_embed = draw_embeds(50, 0), draw_embeds(30, 1)
-    draw = random.Random(0)
-    own = torch.tensor([draw.randrange(30) for _ in range(50)])
-    others = torch.tensor([draw.sample([n for n in range(30) if n != mine], 4)
-                           for mine in own.tolist()])
-    right = sum(all(float(image_embed[i] @ text_embed[own[i]])
-                    > float(image_embed[i] @ text_embed[j]) for j in others[i]) for i in range(50))
-    assert 0 < right < 50
-    assert compute_r_precision(image_embed, text_embed, own, others) == right / 50
+    order = torch.rand(50, 30, generator=torch.Generator().manual_seed(0)).argsort(1)
+    own, others, scores = order[:, 0], order[:, 1:5], image_embed @ text_embed.T
+    right = (scores.gather(1, own[:, None]) > scores.gather(1, others)).all(1).float().mean()
+    assert 0 < right < 1
+    assert compute_r_precision(image_embed, text_embed, own, others) == pytest.approx(right.item())
     alike = torch.ones(6, 6)  # equal scores count against the picture
     assert compute_r_precision(alike, alike, torch.arange(6), torch.arange(6)[:, None].roll(1)) == 0
 
@@ -122,21 +107,18 @@ def test_diversity_is_the_mean_distance_of_pairs():
 def test_memorization_tells_copies_from_new_pictures(monkeypatch):
     monkeypatch.setattr(metrics, "CHUNK_SIZE", 7)
     train, photos = draw_embeds(300, 0), draw_embeds(100, 1)
-    copies = compute_memorization(train[:40], train, photos, torch.full((40,), -1))
+
+    def measure(pictures, own=None):
+        own = torch.full((len(pictures),), -1) if own is None else own
+        return compute_memorization(pictures, train, photos, own)
+    copies = measure(train[:40])
     assert copies["nearest_train_cosine"] == pytest.approx(1) and copies["nearer_to_train"] == 1
-    seen = compute_memorization(photos[:40], train, photos, torch.full((40,), -1))
-    assert seen["nearer_to_train"] == 0
-    own = compute_memorization(photos, train, photos, torch.arange(100))  # each without itself
+    assert measure(photos[:40])["nearer_to_train"] == 0
+    own = measure(photos, torch.arange(100))  # each without itself
     assert own["nearer_to_train"] == own["photo_nearer_to_train"] == copies["photo_nearer_to_train"]
-    assert own["photo_nearer_to_train"] == pytest.approx(sum(
-        max(float(photos[i] @ row) for row in train)
-        > max(float(photos[i] @ photos[j]) for j in range(100) if j != i)
-        for i in range(100)) / 100)
-    assert own["nearest_train_cosine"] == pytest.approx(
-        sum(max(float(photo @ row) for row in train) for photo in photos) / 100)
-    new = compute_memorization(draw_embeds(1000, 2), train, photos, torch.full((1000,), -1))
+    across, within = photos @ train.T, (photos @ photos.T).fill_diagonal_(-1)
+    assert own["nearest_train_cosine"] == pytest.approx(across.amax(1).mean().item())
+    assert own["nearer_to_train"] == pytest.approx(
+        (across.amax(1) > within.amax(1)).float().mean().item())
+    new = measure(draw_embeds(1000, 2))
     assert new["nearer_to_train"] == pytest.approx(0.75, abs=0.06)  # three photos in four
-
-
-# ----------------------------------------------------------------------------------------------
-# FID and KID

@@ -43,11 +43,10 @@ JOBS = [replace(job, seed=n, image_id=n) for n, job in enumerate(
 
 
 def test_an_interrupted_rendering_goes_on_where_it_stopped(tmp_path):
-    first = FakePipeline(fails_after=2)
+    first, second = FakePipeline(fails_after=2), FakePipeline()
     with pytest.raises(InterruptedError):
-        render_jobs(first, JOBS, tmp_path, {"cond_scale": 2}, [], batch_size=2)
-    second = FakePipeline()
-    entries = render_jobs(second, JOBS, tmp_path, {"cond_scale": 2}, [], batch_size=2)
+        render_jobs(first, JOBS, tmp_path, {}, [], batch_size=2)
+    entries = render_jobs(second, JOBS, tmp_path, {}, [], batch_size=2)
     assert first.batches + second.batches == [[0, 1], [2, 3], [4, 5], [6]]
     assert [entry["seed"] for entry in entries] == list(range(7))
     assert len({entry["file"] for entry in entries}) == 7
@@ -57,17 +56,14 @@ def test_an_interrupted_rendering_goes_on_where_it_stopped(tmp_path):
 
 
 def test_other_settings_and_lost_pictures_are_rendered_again(tmp_path):
-    render_jobs(FakePipeline(), JOBS, tmp_path, {"cond_scale": 2}, [], batch_size=4)
-    again = FakePipeline()
-    render_jobs(again, JOBS, tmp_path, {"cond_scale": 2}, [], batch_size=4)
-    assert again.batches == []
+    def render(scale):
+        pipeline = FakePipeline()
+        render_jobs(pipeline, JOBS, tmp_path, {"cond_scale": scale}, [], batch_size=4)
+        return sum(pipeline.batches, [])
+    assert len(render(2)) == 7 and render(2) == []
     (tmp_path / "caption 1.jpg").unlink()
-    render_jobs(again, JOBS, tmp_path, {"cond_scale": 2}, [], batch_size=4)
-    assert again.batches == [[2]]
-    for scale in (3, 2):  # the second time the files are there, with the pictures of 3
-        other = FakePipeline()
-        render_jobs(other, JOBS, tmp_path, {"cond_scale": scale}, [], batch_size=4)
-        assert len(sum(other.batches, [])) == 7
+    assert render(2) == [2]
+    assert len(render(3)) == len(render(2)) == 7  # then the files are there, with pictures of 3
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_not_tried_again(tmp_path):

@@ -1,4 +1,5 @@
-"""The loop: resuming, averages, signals, lack of memory; on a network of three layers."""
+"""The optimizers; and the loop: resuming, averages, signals, lack of memory; on a network of three
+layers."""
 
 import contextlib
 import json
@@ -13,18 +14,67 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import run_in_two_processes
+from helpers import run_in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from dalle2.checkpoint import load_newest_checkpoint, save_checkpoint
-from dalle2.config import TrainConfig
+from dalle2.config import PRESETS, TrainConfig
 from dalle2.errors import UserError
 from dalle2.files import hold_lock, replace_file
 from dalle2.logger import MetricsLog, open_tracker, read_metrics
+from dalle2.optimizer import Muon, build_optimizers, orthogonalize
 from dalle2.rng import BatchRandom
 from dalle2.train_loop import BATCHES_AHEAD, check_same_run, compute_lr_factor, train
 from dalle2.train_state import count_rows, take_step
+
+DECAYING = replace(PRESETS["base"].prior.train, weight_decay=0.1)
+
+
+def build_module():
+    return nn.Sequential(nn.Linear(9, 12), nn.GroupNorm(1, 12), nn.Conv2d(12, 16, 3),
+                         nn.Conv2d(16, 3, 3), nn.Embedding(40, 16))
+
+
+def test_only_matrices_decay_and_muon_takes_those_of_layers():
+    module = build_module()
+    (optimizer,) = build_optimizers(module, DECAYING)
+    decayed, others = optimizer.param_groups
+    assert [p.ndim for p in decayed["params"]] == [2, 4, 4, 2] and decayed["weight_decay"] == 0.1
+    assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
+    adamw, muon = build_optimizers(module, replace(DECAYING, muon_lr=0.05))
+    (group,) = muon.param_groups
+    assert [id(p) for p in group["params"]] == [id(module[0].weight), id(module[2].weight)]
+    assert group["peak_lr"] == 0.05 and group["weight_decay"] == 0.1
+    assert [g["peak_lr"] for g in adamw.param_groups] == [DECAYING.lr] * 2
+    assert sum(len(g["params"]) for g in adamw.param_groups) + 2 == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 300), (128, 200)])
+def test_orthogonalized_matrices_keep_their_directions(shape):
+    """Singular values near 1, singular vectors those of before; against the iteration on X."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    out = orthogonalize(matrices)
+    values = torch.linalg.svdvals(out)
+    assert values.max() < 1.3 and values.median() > 0.6
+    x = matrices / matrices.flatten(1).norm(dim=1)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(out, x, atol=2e-3, rtol=0)
+
+
+def test_muon_moves_each_matrix_by_its_learning_rate():
+    weight, kernel = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8, 16, 3, 3))
+    before = weight.detach().clone(), kernel.detach().clone()
+    optimizer = Muon([weight, kernel], lr=0.1)
+    weight.grad, kernel.grad = 1e3 * torch.randn(16, 8), 1e-3 * torch.randn(8, 16, 3, 3)
+    optimizer.step()
+    for param, old, scale in ((weight, before[0], 2 ** 0.5), (kernel, before[1], 1)):
+        moved = torch.linalg.svdvals((param.detach() - old).flatten(1)) / 0.1 / scale
+        assert 0.5 < moved.min() and moved.max() < 1.3
+
 
 CONFIG = TrainConfig(num_steps=8, batch_size=4, lr=1e-2, warmup_steps=2, weight_decay=0.1,
                      ema_decay=0.9, save_every=4, validate_every=4)
@@ -83,25 +133,49 @@ def run_training(folder, config=CONFIG, module=None, stop_at=None, at_step=None,
 
 
 def test_exported_weights_are_the_average_and_not_the_raw_ones(tmp_path):
-    exported, raw, _ = run_training(tmp_path)
-    differ = [(exported[name] - raw[name]).abs().max() for name in raw]
-    assert min(differ) > 1e-5
+    seen = []
+
+    def loss(module, batch, random):
+        seen.append([p.detach().clone() for p in module.parameters()])
+        return loss_of_noise(module, batch, random)
+    exported, raw, _ = run_training(tmp_path, loss=loss)
+    average = seen[0]
+    for step, weights in enumerate([*seen[1:], raw.values()]):
+        decay = min(CONFIG.ema_decay, (1 + step) / (10 + step)) if step else 0
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights)]
     state = load_newest_checkpoint(tmp_path / "checkpoints")
-    for name, value in exported.items():
-        assert torch.equal(value, state["ema"][name])
+    for (name, value), wanted in zip(exported.items(), average, strict=True):
+        torch.testing.assert_close(value, wanted)
+        assert torch.equal(value, state["ema"][name]) and not torch.equal(value, raw[name])
         assert torch.equal(raw[name], state["module"][name])
 
 
-def test_resuming_gives_the_same_bits(tmp_path):
-    whole, _, metrics = run_training(tmp_path / "whole")
-    run_training(tmp_path / "parts", stop_at=6)  # the checkpoint of step 4 is what is left
-    resumed, _, again = run_training(tmp_path / "parts")
-    for name in whole:
-        assert torch.equal(whole[name], resumed[name])
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_the_same_command_resumes_to_the_same_bits(tmp_path, end):
+    """Killed after step 6 the run is left with the checkpoint of step 4 and the metrics of step 5;
+    stopped by a signal in step 3 it saves first."""
+    config = replace(CONFIG, muon_lr=0.02, snapshot_every=5)
+    whole, _, metrics = run_training(tmp_path / "whole", config)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    if end == "killed":
+        run_training(tmp_path / "parts", config, stop_at=6)
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            run_training(tmp_path / "parts", config,
+                         at_step=lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+        assert stopped.value.code == 128 + signal.SIGTERM
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    saved = load_newest_checkpoint(tmp_path / "parts" / "checkpoints")
+    assert saved["step"] == (4 if end == "killed" else 3)
+    resumed, _, again = run_training(tmp_path / "parts", config)
+    finished, *_ = run_training(tmp_path / "parts", config, stop_at=0)  # no step is taken
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]) and torch.equal(value, finished[name])
+    snapshots = [{path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*sigma*")}
+                 for folder in ("whole", "parts")]
+    assert snapshots[0] == snapshots[1] and len(snapshots[0]) == 2
     assert [m["step"] for m in again] == [m["step"] for m in metrics] == list(range(1, 9))
     assert [m["loss"] for m in again] == [m["loss"] for m in metrics]
-    finished, *_ = run_training(tmp_path / "parts", stop_at=0)  # no step is taken
-    assert all(torch.equal(whole[name], finished[name]) for name in whole)
 
 
 def test_learning_rate_warms_up_and_falls(tmp_path):
@@ -116,15 +190,13 @@ def test_learning_rate_warms_up_and_falls(tmp_path):
 
 
 def test_the_same_numbers_whatever_the_number_of_processes():
-    whole = BatchRandom(0, 3, "noise", batch_size=8)
-    ranks = [BatchRandom(0, 3, "noise", batch_size=8, rows=slice(4 * r, 4 * r + 4))
-             for r in range(2)]
+    def build(step=3, **options):
+        return BatchRandom(0, step, "noise", batch_size=8, **options)
+    whole, ranks = build(), [build(rows=slice(4 * r, 4 * r + 4)) for r in range(2)]
     for draw in (lambda r: r.randn(2), lambda r: r.randint(1000), lambda r: r.rand()):
         parts = [draw(rank) for rank in ranks]
-        assert torch.equal(torch.cat(parts), draw(whole))
-        assert not torch.equal(*parts)
-    other_step = BatchRandom(0, 4, "noise", batch_size=8).randn(2)
-    assert not torch.equal(other_step, BatchRandom(0, 3, "noise", batch_size=8).randn(2))
+        assert torch.equal(torch.cat(parts), draw(whole)) and not torch.equal(*parts)
+    assert not torch.equal(build(4).randn(2), build(3).randn(2))
     with pytest.raises(UserError, match="batch_size: 10 does not divide among 4 processes"):
         count_rows(10, 4)
 
@@ -134,25 +206,23 @@ def test_another_runs_folder_is_refused_by_field(tmp_path):
     with pytest.raises(UserError, match="lr: 0.01 before, 0.02 now"):
         run_training(tmp_path, replace(CONFIG, lr=0.02))
     check_same_run({"train": {"num_steps": 5}}, {"train": {"num_steps": 9}}, tmp_path)
+    with hold_lock(tmp_path / ".lock", ""), pytest.raises(UserError, match="in use by another"):
+        run_training(tmp_path)
 
 
 def test_a_write_that_dies_leaves_the_file_of_before(tmp_path):
     path = tmp_path / "x"
-    replace_file(path, lambda part: part.write_text("good"))
-
-    def die(part):
-        part.write_text("half")
-        raise OSError("disk full")
-    with pytest.raises(OSError):
-        replace_file(path, die)
+    path.write_text("good")
+    with pytest.raises(TypeError):  # half way
+        replace_file(path, lambda part: (part.write_text("half"), part.write_text(None)))
     assert path.read_text() == "good"
 
 
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"step": step})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002.pt", "step_00000003.pt"]
-    newest = tmp_path / "step_00000003.pt"
+    before, newest = sorted(tmp_path.iterdir())
+    assert (before.name, newest.name) == ("step_00000002.pt", "step_00000003.pt")
     newest.write_bytes(newest.read_bytes()[:40])
     assert load_newest_checkpoint(tmp_path) == {"step": 2}
     assert "damaged" in capsys.readouterr().out
@@ -191,71 +261,47 @@ def loss_of_noise(module, batch, random):
     return module(batch["x"] + random.randn(3)).square().mean(1)
 
 
+def assert_same_training(one, other, rel):
+    for row, again in zip(one, other, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert row[name] == pytest.approx(again[name], rel=rel)
+
+
 @pytest.mark.slow
 def test_two_processes_resume_alike_and_take_the_rows_that_the_smaller_one_can(tmp_path, capfd):
     """Each has a run folder of its own at first, and only the first one's holds checkpoints; then
     the second lacks memory."""
     for function in (train_in_parts, train_with_little_memory):
-        run_in_two_processes(function, tmp_path)
+        run_in_processes(function, tmp_path)
         (tmp_path / "meet").unlink(missing_ok=True)
     assert capfd.readouterr().out.count("out of memory with 2 rows at a time: now 1") == 1
     assert not (tmp_path / "machine1" / "checkpoints").exists()
-    for steps in (4, 8):
-        *_, whole = run_training(tmp_path / "one", replace(CONFIG, num_steps=steps))
+    train_in_parts(1, tmp_path)
     *_, large = run_training(tmp_path / "large", module=SmallDevice(4), loss=loss_of_noise)
-    for alone, folder in ((whole, "machine0"), (large, "small")):
-        both = read_metrics(tmp_path / folder / "metrics.jsonl")
-        for one, other in zip(alone, both, strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-            assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for alone, folder in ((read_metrics(tmp_path / "machine1" / "metrics.jsonl"), "machine0"),
+                          (large, "small")):
+        assert_same_training(alone, read_metrics(tmp_path / folder / "metrics.jsonl"), rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------
-# signals, guards, the best checkpoint
+# guards, the best checkpoint, lack of memory
 
 
-def test_a_signal_saves_and_the_same_command_resumes_to_the_same_bits(tmp_path):
-    config = replace(CONFIG, save_every=100, muon_lr=0.02, snapshot_every=8)
-    whole, _, metrics = run_training(tmp_path / "whole", config)
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as stopped:
-        run_training(tmp_path / "parts", config,
-                     at_step=lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-    assert load_newest_checkpoint(tmp_path / "parts" / "checkpoints")["step"] == 3
-    resumed, _, again = run_training(tmp_path / "parts", config)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    snapshots = [{path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*sigma*")}
-                 for folder in ("whole", "parts")]
-    assert snapshots[0] == snapshots[1] and len(snapshots[0]) == 2
-    assert [m["loss"] for m in again] == [m["loss"] for m in metrics]
-
-
-def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
+def test_a_step_without_a_finite_gradient_changes_nothing_and_twenty_end_the_run(tmp_path):
     """Neither by AdamW nor by Muon, which has the middle layer's weight."""
     weights = []
 
-    def compute_loss(module, batch, random):
+    def loss(module, batch, random):
         weights.append([p.detach().clone() for p in module.parameters()])
-        loss = module(batch["x"]).square().mean(1)
-        return loss * float("nan") if len(weights) == 4 else loss
-    *_, metrics = run_training(tmp_path, replace(CONFIG, muon_lr=0.02), loss=compute_loss)
+        return module(batch["x"]).square().mean(1) * (float("nan") if len(weights) == 4 else 1)
+    *_, metrics = run_training(tmp_path / "a", replace(CONFIG, muon_lr=0.02), loss=loss)
     assert [m["step"] for m in metrics if m.get("skipped")] == [4]
     for before, after, later in zip(weights[3], weights[4], weights[5]):
         assert torch.equal(before, after) and torch.isfinite(later).all()
     assert not all(torch.equal(a, b) for a, b in zip(weights[4], weights[5]))
-
-
-def test_a_run_that_never_has_a_finite_gradient_stops_with_a_word(tmp_path):
     with pytest.raises(UserError, match="lr: .* no finite gradient in 20 steps up to step 20"):
-        run_training(tmp_path, replace(CONFIG, num_steps=60, save_every=100),
+        run_training(tmp_path / "b", replace(CONFIG, num_steps=60, save_every=100),
                      loss=lambda m, b, r: m(b["x"]).mean(1) * float("inf"))
-
-
-def test_a_run_folder_in_use_is_refused(tmp_path):
-    with hold_lock(tmp_path / ".lock", ""), pytest.raises(UserError, match="in use by another"):
-        run_training(tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
@@ -310,28 +356,22 @@ def test_where_memory_runs_out_rows_are_halved_and_the_step_is_repeated(tmp_path
     _, _, parts = run_training(tmp_path / "b", config, small, loss=loss_of_noise)
     assert small.seen == since * [7] + [7, 4] + (8 - since) * [2, 2, 2, 1]
     assert capsys.readouterr().out.count("out of memory with") == 2
-    for one, other in zip(whole, parts, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------
-# parts of a step
+    assert_same_training(whole, parts, rel=1e-5)
 
 
 def test_a_step_of_two_optimizers_updates_the_scaler_once():
     """And unscales each gradient once: an update in between would let it be done again."""
     layer = nn.Linear(16, 16)
-    optimizers = [torch.optim.SGD([layer.weight], lr=1.0), torch.optim.SGD([layer.bias], lr=1.0)]
+    optimizers = [torch.optim.SGD([param], lr=1.0) for param in layer.parameters()]
     before = [p.detach().clone() for p in layer.parameters()]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    for step in range(2):
+    for scale in (8.0, 16.0):
+        layer.zero_grad()
         scaler.scale(layer(torch.ones(1, 16)).sum()).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         take_step(optimizers, torch.ones(()), scaler)
-        assert scaler.get_scale() == (8.0, 16.0)[step]
-        layer.zero_grad()
+        assert scaler.get_scale() == scale
     for old, new in zip(before, layer.parameters()):
         torch.testing.assert_close(old - new, torch.full_like(old, 2.0))
 
@@ -339,7 +379,7 @@ def test_a_step_of_two_optimizers_updates_the_scaler_once():
 def test_batches_are_drawn_ahead_no_further_and_noise_is_new_at_each_step(tmp_path):
     drawn, ahead, noises = [], [], set()
 
-    def compute_loss(module, batch, random):
+    def loss(module, batch, random):
         time.sleep(0.02)
         ahead.append(len(drawn) - len(ahead))
         noises.add(random.randn(3).sum().item())
@@ -348,6 +388,6 @@ def test_batches_are_drawn_ahead_no_further_and_noise_is_new_at_each_step(tmp_pa
     def draw(step, rows, random):
         drawn.append(threading.current_thread())
         return {"x": random.rand(3)}
-    run_training(tmp_path, replace(CONFIG, num_steps=12), draw=draw, loss=compute_loss)
+    run_training(tmp_path, replace(CONFIG, num_steps=12), draw=draw, loss=loss)
     assert max(ahead) == BATCHES_AHEAD + 1 and threading.main_thread() not in drawn
-    assert len(noises) == 12  # each step has its own
+    assert len(noises) == 12
