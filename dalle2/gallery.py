@@ -2,10 +2,10 @@
 their captions, true photos and nearest training pictures, one file, no server, no network; and
 `grid.jpg`, the first pictures in one."""
 
+import contextlib
 import html
 import io
 import json
-import os
 import re
 from base64 import b64encode
 from pathlib import Path
@@ -92,8 +92,9 @@ def _figure(folder, number, entry, nearest):
     caption = html.escape(entry["caption"], quote=True)
     source = html.escape(quote(entry["file"]), quote=True)
     beside = ""
-    if "photo" in entry and os.path.isfile(folder / entry["photo"]):
-        beside += _small("photo", load_image(folder / entry["photo"], 128))
+    if "photo" in entry:
+        with contextlib.suppress(OSError, ValueError):  # the page outlives the photos
+            beside += _small("photo", load_image(folder / entry["photo"], 128))
     if nearest:
         beside += _small(f"nearest in training, {nearest[1]:.2f}", resize(nearest[0], 128))
     own = f'<br>{html.escape(_describe(entry["settings"]))}' if "settings" in entry else ""

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import multiprocessing
 
 from dalle2 import cli
@@ -220,3 +222,35 @@ def check_refused(result, told):
     assert code == 2, (code, out, err)
     assert re.fullmatch(r"error: [^\n]*" + told + r"[^\n]*\n", err), err
     assert "Traceback" not in out + err
+
+
+def draw_jpeg(number):
+    file = io.BytesIO()
+    Image.new("RGB", (300, 280), (number * 9 % 256, number * 5 % 256, 100)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    """members: {name: bytes, or text}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            content = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_tars(folder, counts):
+    """As img2dataset does: picture, caption and JSON with the same number."""
+    number = 0
+    for shard, count in enumerate(counts):
+        members = {}
+        for _ in range(count):
+            caption = f"caption {number}"
+            members |= {f"{number:09}.jpg": draw_jpeg(number), f"{number:09}.txt": caption,
+                        f"{number:09}.json": json.dumps({"caption": caption, "key": str(number)})}
+            number += 1
+        write_tar(folder / f"{shard:05}.tar", members)
+    return folder

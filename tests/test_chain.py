@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import toy_coco
-from helpers import ROOT, call, name_data
+from helpers import ROOT, call, name_data, write_tars
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -78,6 +78,15 @@ def test_captions_of_a_coco_file_are_rendered(chain, toy, tmp_path):
     settings = json.loads((tmp_path / "manifest.json").read_text())["settings"]
     assert settings["lowres_noise_level"] == [30] and settings["num_candidates"] == 3
     assert settings["sample_timesteps"] == [2, 2, 2]
+
+
+def test_captions_of_tars_are_rendered(chain, tmp_path):
+    write_tars(tmp_path / "tars", (1, 2))
+    render(chain, tmp_path / "r", "--test_img_path", tmp_path / "tars", "--test_annot_path", "",
+           "--num_images", 2, "--init_from_true_embedding")
+    assert {entry["caption"] for entry in read_entries(tmp_path / "r", 2)} == {
+        "caption 0", "caption 1"}
+    assert (tmp_path / "r" / "index.html").read_text().count("data:image/jpeg") == 2
 
 
 def read_files(folder):

@@ -1,13 +1,13 @@
 """Photos made square, captions in each form, and the reading side of the prepared store."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import draw_jpeg, write_tar, write_tars
 from PIL import Image
 
 from dalle2.arrays import join_arrays, join_starts
@@ -252,38 +252,6 @@ def test_a_store_of_a_folder_with_its_captions_follows_them(photos, tmp_path):
 
 # ----------------------------------------------------------------------------------------------
 # tars
-
-
-def draw_jpeg(number):
-    file = io.BytesIO()
-    Image.new("RGB", (300, 280), (number * 9 % 256, number * 5 % 256, 100)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_tar(path, members):
-    """members: {name: bytes, or text}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            content = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
-
-
-def write_tars(folder, counts):
-    """As img2dataset does: picture, caption and JSON with the same number."""
-    number = 0
-    for shard, count in enumerate(counts):
-        members = {}
-        for _ in range(count):
-            caption = f"caption {number}"
-            members |= {f"{number:09}.jpg": draw_jpeg(number), f"{number:09}.txt": caption,
-                        f"{number:09}.json": json.dumps({"caption": caption, "key": str(number)})}
-            number += 1
-        write_tar(folder / f"{shard:05}.tar", members)
-    return folder
 
 
 def test_tars_are_read_in_place_by_folder_pattern_or_range(tmp_path):
