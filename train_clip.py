@@ -21,6 +21,8 @@ def main():
         raise UserError("the loss of a CLIP compares all pairs of a batch, which is not computed "
                         "in parts; choose a smaller --batch_size, or more devices",
                         "device_batch_size")
+    if args.vision_weights and not config.vision_timm:
+        raise UserError("are those of a tower that --vision_timm names", "vision_weights")
     cli.check_data(args)
     with cli.import_late():
         import torch

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -47,12 +47,15 @@ def load_captions(annot_path, img_path, max_images=None, warn=tqdm.write):
     """
     tars = find_tars(img_path, annot_path)
     if tars:
-        records = []
+        records, load = [], load_tar if len(tars) == 1 else try_tar
         for tar in tars:
-            records += load_tar(tar, warn)
+            records += load(tar, warn)
             if max_images is not None and len(records) >= max_images:
                 break
-        return records[:max_images]
+        if not records:
+            raise UserError(f"{img_path}: no tar holds a captioned image", "img_path")
+        return [replace(record, image_id=number)
+                for number, record in enumerate(records[:max_images])]
     check_paths(annot_path, img_path)
     source, blamed = (annot_path, "annot_path") if annot_path else (img_path, "img_path")
     rows = read_coco(annot_path) if annot_path else read_folder(img_path)
@@ -180,16 +183,22 @@ def find_tars(img_path, annot_path=""):
     (*, ?) or a range in braces ({00000..00009}). Empty where it is something else."""
     if annot_path:
         return []
+    if os.path.isfile(img_path):
+        return [str(img_path)] if str(img_path).endswith(".tar") else []
     if os.path.isdir(img_path):
         has_metadata = any((Path(img_path) / name).is_file() for name in METADATA)
         return [] if has_metadata else sorted(map(str, Path(img_path).glob("*.tar")))
     tars = []
-    for pattern in braceexpand(str(img_path)):
+    try:
+        patterns = list(braceexpand(str(img_path), escape=False))
+    except ValueError as error:
+        raise UserError(f"{img_path}: {error}", "img_path") from error
+    for pattern in patterns:
         found = glob.glob(pattern)
         if not found and pattern.endswith(".tar"):
             raise UserError(f"no such file: {pattern}", "img_path")
         tars += found
-    return sorted(tars) if all(tar.endswith(".tar") for tar in tars) else []
+    return sorted(set(tars)) if all(tar.endswith(".tar") for tar in tars) else []
 
 
 def load_tar(path, warn=tqdm.write):
@@ -199,7 +208,7 @@ def load_tar(path, warn=tqdm.write):
         try:
             record = None if problem else build_record(row, path, path, "img_path")
         except UserError as error:
-            record, problem = None, str(error).removeprefix("img_path: ")
+            record, problem = None, error.args[0]
         if record:
             records.append(record)
         else:
@@ -207,6 +216,15 @@ def load_tar(path, warn=tqdm.write):
     if not records:
         raise UserError(f"{path} holds no captioned image", "img_path")
     return records
+
+
+def try_tar(path, warn=tqdm.write):
+    """`load_tar`; of a tar with nothing that can be used an empty list, with a line to `warn`."""
+    try:
+        return load_tar(path, warn)
+    except UserError as error:
+        warn(f"warning: {path} is left out ({error.args[0]})")
+        return []
 
 
 def read_tar(path):
@@ -222,6 +240,8 @@ def read_tar(path):
     suffixes, samples = Image.registered_extensions(), {}
     for name in members:
         folder, _, last = name.rpartition("/")
+        if last.startswith("."):  # what macOS adds
+            continue
         key, suffix = last.partition(".")[0], last.rpartition(".")[2].lower()
         kind = "picture" if f".{suffix}" in suffixes else suffix
         sample = samples.setdefault(f"{folder}/{key}", {})

@@ -65,7 +65,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or error.is_local:
             print(f"error: {'--' if error.argument else ''}{error}", file=sys.stderr)
         sys.exit(2)
 
@@ -97,7 +97,7 @@ def add_data_flags(parser):
                       "the captions are with the pictures that --val_img_path names, or no "
                       "validation", default=[f"{DATA_DIR}/annotations/captions_val2014.json"])
     data.add_argument("--num_val_images", type=at_least(1), default=512,
-                      help="pictures to validate on, the first ones of the file")
+                      help="pictures of each --val_img_path to validate on, the first ones")
     data.add_argument("--num_views", type=at_least(1), default=1,
                       help="pictures to make of each training photo, each with an embedding of its "
                       "own: the middle, and random squares, mirrored half of the time")

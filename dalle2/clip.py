@@ -167,11 +167,13 @@ def build_clip(config: ClipConfig):
             config.embed_dim, dict(image_size=config.image_size, **vision),
             dict(context_length=config.context_length, vocab_size=49408, width=config.embed_dim,
                  heads=config.text_heads, layers=config.text_layers))
-    except RuntimeError as error:
+        if config.vision_timm:
+            check_picture_size(model, config.image_size)
+    except (RuntimeError, AssertionError) as error:
         if not config.vision_timm:
             raise
         raise UserError(f"timm has no such network that can be used: {config.vision_timm} "
-                        f"({str(error).splitlines()[0]})", "vision_timm") from error
+                        f"({' '.join(str(error).split()):.200})", "vision_timm") from error
     if config.vision_timm:
         model.visual.image_mean, model.visual.image_std = find_mean_and_std(config)
         if config.lock_vision:
@@ -183,23 +185,30 @@ def build_clip(config: ClipConfig):
     return model
 
 
+@torch.no_grad()
+def check_picture_size(model, size):
+    """Raises what the image tower raises on pictures of `size` px, as some of timm's do."""
+    weight = next(model.visual.parameters())
+    model.eval().encode_image(torch.zeros(1, 3, size, size, device=weight.device))
+    model.train()
+
+
 def load_vision_weights(model, config, path=None):
     """Puts ImageNet weights into the timm image tower of what `build_clip` gave: those of a
     safetensors file under timm's names, or timm's own, downloaded. Raises UserError where they
     cannot be had or do not fit."""
-    tower = model.visual.trunk
-    if path:
-        with explain_damage(path):
-            state = load_file(path)
-            tower.load_state_dict({name: state[name] for name in tower.state_dict()})
-        return
+    if path and not os.path.isfile(path):
+        raise UserError(f"no such file: {path}", "vision_weights")
     try:
-        pretrained = timm.create_model(config.vision_timm, pretrained=True, num_classes=0)
+        state = load_file(path) if path else timm.create_model(
+            config.vision_timm, pretrained=True).state_dict()
     except Exception as error:
-        raise UserError(f"timm's weights of {config.vision_timm} could not be downloaded "
-                        f"({str(error).splitlines()[0]:.200}); name a file of them",
+        what = f"{path} cannot be read" if path else "could not be downloaded; name a file of them"
+        raise UserError(f"{what} ({' '.join(str(error).split()):.200})",
                         "vision_weights") from error
-    tower.load_state_dict(pretrained.state_dict(), strict=False)
+    tower = model.visual.trunk
+    with rename_argument(path="vision_weights"), explain_damage(path or config.vision_timm):
+        tower.load_state_dict({name: state[name] for name in tower.state_dict()})
 
 
 def find_mean_and_std(config: ClipConfig):

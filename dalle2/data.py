@@ -17,7 +17,7 @@ import torch
 
 from dalle2.arrays import ByteRows, allow_open_files, join_arrays, join_starts
 from dalle2.errors import UserError
-from dalle2.files import build_once, read_source
+from dalle2.files import build_once, read_source, share_out
 from dalle2.images import STORE_IMAGE_SIZE, cut_jpeg, decode_jpeg, resize
 from dalle2.rng import shuffle
 
@@ -45,16 +45,17 @@ class Store:
 
     def __init__(self, folders, embed_name=None):
         self.folders, self.embed_name = [Path(folder) for folder in folders], embed_name
-        allow_open_files(10 * len(self.folders))  # memory maps are
+        allow_open_files(10 * len(self.folders))  # each memory map holds one
         sources = [read_source(folder / "images") for folder in self.folders]
         self.num_views = sources[0]["num_views"]
         digests = [source["annotations"] for source in sources]
         self.digest = digests[0] if len(digests) == 1 else \
             hashlib.sha256("".join(digests).encode()).hexdigest()
-        formats = {find_image_format(folder / "images") for folder in self.folders}
+        formats = {find_image_format(folder / "images"): folder for folder in self.folders}
         if len(formats) > 1:
-            raise UserError("pictures are kept both as uint8 and as jpeg; prepare them again with "
-                            "one --image_format", "store_dir")
+            raise UserError(" and ".join(f"{folder} holds {kind}" for kind, folder in
+                                         formats.items()) + "; prepare one of them again with "
+                            "the --image_format of the other", "store_dir")
         (self.image_format,) = formats
         self.caption_start = join_starts(self._load("images/caption_start.npy"))
 
@@ -161,8 +162,8 @@ class Store:
                             "text_tokens.npy")
 
     def _derive(self, name, source, build, file):
-        for folder in self.folders:
-            build_once(folder / name, source, lambda part: build(Store([folder]), part))
+        share_out(self.folders, lambda folder, wait: build_once(
+            folder / name, source, lambda part: build(Store([folder]), part), wait))
         return self._map(f"{name}/{file}")
 
 

@@ -32,9 +32,10 @@ def build_once(folder, source, build, wait=True):
     folder = Path(folder)
     if read_source(folder) == source:
         return folder
-    message = f"waiting for another process that makes {folder}" if wait else BlockingIOError()
-    with contextlib.suppress(BlockingIOError), \
-            hold_lock(folder.with_name(f".{folder.name}.lock"), message):
+    message = f"waiting for another process that makes {folder}" if wait else None
+    with hold_lock(folder.with_name(f".{folder.name}.lock"), message) as held:
+        if not held:
+            return None
         if read_source(folder) != source:
             part = folder.with_name(folder.name + ".part")
             if read_source(part) != source:
@@ -44,8 +45,15 @@ def build_once(folder, source, build, wait=True):
             build(part)
             shutil.rmtree(folder, ignore_errors=True)
             part.replace(folder)
-        return folder
-    return None
+    return folder
+
+
+def share_out(items, make):
+    """make(item, wait) for each of `items`, which several processes may do at the same time: first
+    for those that no other process is at, where it returns False, then, with `wait`, for the
+    rest."""
+    for item in [item for item in items if not make(item, False)]:
+        make(item, True)
 
 
 def compute_digest(path):
@@ -60,19 +68,23 @@ def compute_digest(path):
 @contextlib.contextmanager
 def hold_lock(path, message):
     """Holds the lock file `path`, which dying gives back. Where another process holds it: prints
-    `message` and waits, or raises it at once if it is an error."""
+    `message` and waits, or raises it at once if it is an error, or yields False if it is None;
+    otherwise True."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if message is None:
+            yield False
+            return
         if isinstance(message, Exception):
             raise message from None
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(message, flush=True)
         lock.acquire()
     try:
-        yield
+        yield True
     finally:
         lock.release()
 

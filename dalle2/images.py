@@ -41,8 +41,10 @@ def read_pixels(path):
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
             return torch.from_numpy(pixels).permute(2, 0, 1)                # (3, H, W)
-    except (RuntimeError, SyntaxError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow raises struct.error and more where EXIF is damaged
+        raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def resize_and_crop(image, size):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dalle2.archives import open_member
 from dalle2.data import Store, count_cores, find_image_format
 from dalle2.errors import UserError
-from dalle2.files import GrowingFiles, build_once, read_source
+from dalle2.files import GrowingFiles, build_once, read_source, share_out
 from dalle2.images import STORE_IMAGE_SIZE, cut_view, encode_jpeg, read_pixels, resize_and_crop
 from dalle2.shards import list_shards
 
@@ -45,32 +45,36 @@ def prepare_store(img_path, annot_path, store_dir, *, clip=None, max_images=None
     missing = sum(shard.count for shard in shards
                   if read_source(root / shard.name / "images") != shard.source)
     if missing:
-        check_free(root, f"{missing} pictures", missing * num_views * BYTES_A_PICTURE[image_format])
+        held = sum(file.stat().st_size for file in root.glob("*/images.part/images.*"))
+        check_free(root, f"{missing} pictures",
+                   missing * num_views * BYTES_A_PICTURE[image_format] - held)
     embed_name = clip and f"clip-{clip.fingerprint}"
+    if clip and progress and not all((root / shard.name / embed_name).exists() for shard in shards):
+        for line in clip.list_differences(STORE_IMAGE_SIZE):
+            print(f"note: {line}", flush=True)
 
     def make(shard, wait):
-        """Whether the shard is made; False: another process is at it. wait: until it is done."""
+        """Whether the shard is made, or left out; False: another process is at it."""
         folder = root / shard.name
-        made = build_once(folder / "images", shard.source, lambda part: prepare_images(
-            shard.load(), part, num_views=num_views, num_workers=num_workers or count_cores(),
-            image_format=image_format, strict=strict, progress=progress), wait)
-        if made and clip is not None:
-            made = build_once(
-                folder / embed_name, {"fingerprint": clip.fingerprint},
-                lambda part: prepare_embeddings(Store([folder]), clip, part, progress), wait)
-        return made is not None
+        try:
+            made = build_once(folder / "images", shard.source, lambda part: prepare_images(
+                shard.load(), part, num_views=num_views, num_workers=num_workers or count_cores(),
+                image_format=image_format, strict=strict, progress=progress), wait)
+            if made and clip is not None:
+                made = build_once(
+                    folder / embed_name, {"fingerprint": clip.fingerprint},
+                    lambda part: prepare_embeddings(Store([folder]), clip, part, progress), wait)
+            return made is not None
+        except UserError as error:
+            error.is_local = True
+            if strict or error.argument == "store_dir" or (error.argument and not shard.tar):
+                raise
+            problems[shard.name] = error
+            tqdm.write(f"warning: {shard.tar or folder} is left out ({error.args[0]})")
+            return True
 
-    busy, problems = [], {}
-    for wait, some in (False, shards), (True, busy):  # first those that no other process is at
-        for shard in some:
-            try:
-                if not make(shard, wait):
-                    busy.append(shard)
-            except UserError as error:
-                if not shard.tar or strict or error.argument == "store_dir":
-                    raise
-                problems[shard.name] = error
-                tqdm.write(f"warning: {shard.tar} is left out ({error})")
+    problems = {}
+    share_out(shards, make)
     if len(problems) == len(shards):
         raise problems.popitem()[1]
     store = Store([root / shard.name for shard in shards if shard.name not in problems], embed_name)
@@ -161,7 +165,8 @@ def _read_picture(record, image_format, num_views):
             return [], "not a picture" if file.read(1) else "an empty file"
     except (OSError, ValueError) as error:
         return [], str(error)
-    chance = random.Random(os.path.basename(record.path))  # the same views whenever it is prepared
+    # the same views whenever it is prepared
+    chance = random.Random(os.fsencode(os.path.basename(record.path)))
     views = [resize_and_crop(pixels, STORE_IMAGE_SIZE)]
     for _ in range(num_views - 1):
         views.append(cut_view(pixels, [chance.random() for _ in range(4)], STORE_IMAGE_SIZE))
@@ -188,8 +193,6 @@ def prepare_embeddings(store, clip, folder, progress=True):
               "text_encodings.npy": (int(token_start[-1]), clip.embed_dim)}
     announce(folder, f"embeddings of {len(store)} pictures and {len(captions)} captions",
              2 * sum(a * b for a, b in shapes.values()), progress)
-    for line in clip.list_differences(STORE_IMAGE_SIZE) if progress else ():
-        print(f"note: {line}", flush=True)
     files = GrowingFiles(folder, list(shapes))
     if not files.notes:
         files.append({name: _build_npy_header(shape) for name, shape in shapes.items()}, [0, 0])

@@ -11,9 +11,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle2.captions import compute_captions_digest, find_tars, load_captions, load_tar
+from dalle2.captions import (
+    check_paths,
+    compute_captions_digest,
+    find_tars,
+    load_captions,
+    load_tar,
+    try_tar,
+)
 from dalle2.errors import UserError
-from dalle2.files import replace_file
+from dalle2.files import hold_lock, replace_file
 from dalle2.images import STORE_IMAGE_SIZE
 
 IMAGES_A_SHARD = 16_384  # of a folder of pictures; of tars, each is a shard
@@ -32,7 +39,8 @@ class Shard:
 
 
 def list_shards(img_path, annot_path, store_dir, max_images=None, num_views=1, strict=False):
-    """(folder of the store, list of its Shards)."""
+    """(folder of the store, list of its Shards). Raises UserError where data does not exist."""
+    check_paths(annot_path, img_path)
     tars = find_tars(img_path, annot_path)
     source = {"max_images": max_images, "image_size": STORE_IMAGE_SIZE, "num_views": num_views,
               "layout": LAYOUT}
@@ -49,7 +57,8 @@ def list_shards(img_path, annot_path, store_dir, max_images=None, num_views=1, s
     load = lru_cache(partial(load_captions, annot_path, img_path, max_images))
     path = folder / "num_images.json"  # a store that is made is opened without the captions
     if not path.is_file():
-        replace_file(path, lambda part: part.write_text(str(len(load()))))
+        with hold_lock(folder / ".num_images.lock", f"waiting for the process that reads {folder}"):
+            replace_file(path, lambda part: part.write_text(str(len(load()))))
     count, shards = int(path.read_text()), []
     for start in range(0, count, IMAGES_A_SHARD):
         rows = slice(start, min(start + IMAGES_A_SHARD, count))
@@ -66,8 +75,8 @@ def build_tar_shard(tar, count, source, strict):
         tqdm.write(line)
     source = {**source, "max_images": count, "img_path": os.path.abspath(tar),
               "annotations": compute_captions_digest("", tar)}
-    place = hashlib.sha256(source["img_path"].encode()).hexdigest()[:4]
-    return Shard(f"{Path(tar).stem}-{place}", source, lambda: load_tar(tar, warn)[:count], tar=tar)
+    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
+    return Shard(f"{Path(tar).stem}-{key}", source, lambda: load_tar(tar, warn)[:count], tar=tar)
 
 
 def take_tars(tars, max_images):
@@ -76,8 +85,8 @@ def take_tars(tars, max_images):
         return [(tar, None) for tar in tars]
     taken = []
     for tar in tars:
-        count = min(max_images, len(load_tar(tar, warn=lambda line: None)))
-        taken.append((tar, count))
+        count = min(max_images, len(try_tar(tar, warn=lambda line: None)))
+        taken += [(tar, count)] if count else []
         max_images -= count
         if not max_images:
             break

@@ -207,5 +207,9 @@ def test_a_tower_that_timm_lacks_and_weights_that_do_not_fit_are_named(tmp_path)
         validate_config(replace(TOY.clip, lock_vision=True))
     module, task = build_timm_task(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="other.safetensors is damaged: KeyError"):
-        load_vision_weights(module, task.config, str(tmp_path / "other.safetensors"))
+    for name, message in (("other", "vision_weights: .*other.safetensors is damaged: KeyError"),
+                          ("none", "vision_weights: no such file: .*none.safetensors")):
+        with pytest.raises(UserError, match=message):
+            load_vision_weights(module, task.config, str(tmp_path / f"{name}.safetensors"))
+    with pytest.raises(UserError, match="vision_timm: .*vit_tiny_patch16_224 .*224"):
+        build_clip(replace(TOY.clip, vision_timm="vit_tiny_patch16_224"))

@@ -256,6 +256,7 @@ def test_a_store_of_a_folder_with_its_captions_follows_them(photos, tmp_path):
 
 def test_tars_are_read_in_place_by_folder_pattern_or_range(tmp_path):
     folder = write_tars(tmp_path / "tars", (3, 2, 1))
+    (folder / "00003.tar").write_bytes(b"no tar")  # is left out
     for named, count in ((folder, 6), (f"{folder}/*.tar", 6), (f"{folder}/{{00001..00002}}.tar", 3),
                          (f"{folder}/00001.tar", 2)):
         assert find_form("", str(named)) == "tar archives"
@@ -264,8 +265,16 @@ def test_tars_are_read_in_place_by_folder_pattern_or_range(tmp_path):
         assert [r.captions for r in records] == [(f"caption {i + start}",) for i in range(count)]
         assert load_captions("", str(named), 2) == records[:2]
     assert load_image(records[0].path).shape == (3, 256, 256)
-    with pytest.raises(UserError, match="img_path: no such file: .*00003.tar"):
-        load_captions("", f"{folder}/{{00002..00003}}.tar")
+    assert [r.image_id for r in load_captions("", str(folder))] == list(range(6))
+    for bad, message in (("{00002..00004}.tar", "no such file: .*00004.tar"),
+                         ("{00002..00003.tar", "img_path: .*{00002..00003.tar"),
+                         ("00003.tar", "no uncompressed tar"),
+                         ("0000[3].tar", "no uncompressed tar")):
+        with pytest.raises(UserError, match=message):
+            load_captions("", f"{folder}/{bad}", warn=lambda line: None)
+    write_tar(folder / "00002.tar", {"a.jpg": draw_jpeg(9), "a.txt": "now another"})
+    (record,) = load_captions("", f"{folder}/00002.tar")
+    assert record.captions == ("now another",) and load_image(record.path).shape == (3, 256, 256)
 
 
 def test_what_is_wrong_in_a_tar_is_left_out_with_a_line_and_the_rest_is_kept(tmp_path):
@@ -276,10 +285,13 @@ def test_what_is_wrong_in_a_tar_is_left_out_with_a_line_and_the_rest_is_kept(tmp
         "latin.txt": "Grün".encode("latin-1"), "blank.jpg": picture, "blank.txt": " \n",
         "long.jpg": picture, "long.txt": "x" * 10_000_000, "../out.jpg": picture,
         "../out.txt": "x", "two.jpg": picture, "two.png": picture, "two.txt": "y",
-        "list.jpg": picture, "list.json": "[1]", "alone.txt": "no picture"})
+        "list.jpg": picture, "list.json": "[1]", "alone.txt": "no picture",
+        "._good.jpg": b"what macOS adds", "./last.jpg": picture, "./last.txt": "four"})
     records = load_captions("", str(path), warn=warnings.append)
     assert [(r.name, r.captions) for r in records] == [
-        ("good.jpg", ("one", "two")), ("x/also.good.webp", ("three",)), ("two.jpg", ("y",))]
+        ("good.jpg", ("one", "two")), ("x/also.good.webp", ("three",)), ("two.jpg", ("y",)),
+        ("last.jpg", ("four",))]
+    assert all(load_image(record.path, 8).shape == (3, 8, 8) for record in records)
     for name, reason in (("none.jpg", "no caption"), ("latin.jpg", "utf-8"),
                          ("blank.jpg", "empty caption"), ("long", "100000 characters"),
                          ("out.jpg", "leads out"), ("two.png", "a second picture of two"),
@@ -332,5 +344,10 @@ def test_a_store_of_tars_is_that_of_their_pictures_and_a_bad_tar_is_left_out(
     assert "00004.tar is left out (" in said
     with pytest.raises(UserError, match="none of 1 pictures"):
         prepare_store(str(folder), "", tmp_path / "store", clip=clip, progress=False, strict=True)
+    write_tar(folder / "00005.tar", {"a.jpg": draw_jpeg(2), "a.txt": "another",
+                                     "a.json": " " * 20_000})  # a tar is known by its size
+    changed = prepare_store(str(folder), "", tmp_path / "store", clip=clip, progress=False)
+    assert changed.records[9].captions == ["another"] and len(changed) == 10
+    assert not np.array_equal(changed.image_embed[9], more.image_embed[9])
     few = prepare_store(str(folder), "", tmp_path / "store", max_images=4, progress=False)
     assert len(few) == 4 and few.records[3].captions == ["caption 3"]

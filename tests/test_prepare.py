@@ -4,9 +4,11 @@ import filecmp
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from dalle2.clip import load_clip
 from dalle2.errors import UserError
 from dalle2.files import GrowingFiles, build_once, hold_lock
 from dalle2.prepare import prepare_store
+from dalle2.shards import list_shards
 
 GOOD = Image.linear_gradient("L").convert("RGB").resize((64, 80))
 
@@ -57,6 +60,39 @@ def test_every_caption_is_kept_and_bad_photos_are_left_out(tmp_path, capsys, cli
     for name, (_, reason) in bad.items():
         line = next(line for line in said.splitlines() if f"/{name}" in line)
         assert reason in line.lower(), line
+
+
+def test_whatever_pillow_raises_leaves_a_photo_out_with_a_line(tmp_path, monkeypatch, capsys):
+    """On damaged EXIF it raises struct.error, TypeError and others."""
+    annot_path = write_coco(tmp_path, {"a.jpg": GOOD, "b.jpg": GOOD}, {"a.jpg": "x", "b.jpg": "y"})
+
+    def fail_once(image, in_place):
+        monkeypatch.undo()
+        raise struct.error("unpack requires a buffer of 2 bytes")
+    monkeypatch.setattr("dalle2.images.ImageOps.exif_transpose", fail_once)
+    assert len(prepare(tmp_path, annot_path, num_workers=1)) == 1
+    assert "left out (error: unpack requires a buffer" in "".join(capsys.readouterr())
+
+
+def test_a_shard_without_a_picture_that_can_be_read_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dalle2.shards.IMAGES_A_SHARD", 2)
+    images = {"a.jpg": GOOD, "b.jpg": GOOD, "c.jpg": b"no picture"}
+    annot_path = write_coco(tmp_path, images, dict.fromkeys(images, ["x"]))
+    store = prepare(tmp_path, annot_path)
+    assert len(store) == 2 and len(store.folders) == 1
+    assert "00001 is left out (none of 1 pictures could be read" in "".join(capsys.readouterr())
+    with pytest.raises(UserError, match="strict|none of 1"):
+        prepare(tmp_path, annot_path, strict=True)
+    with pytest.raises(UserError, match="annot_path: no such file"):
+        prepare(tmp_path, tmp_path / "none.json")
+
+
+def test_processes_may_begin_a_store_at_the_same_moment(toy, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: list_shards(
+            toy / "train", toy / "captions_train.json", tmp_path), range(8)))
+    assert {(str(folder), shards[0].count) for folder, shards in found} == {
+        (str(found[0][0]), 64)}
 
 
 def test_a_store_of_changed_captions_is_made_anew(tmp_path):

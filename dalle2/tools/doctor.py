@@ -98,8 +98,8 @@ def check_captions(args, report):
         report.warning("no validation data, so over-training cannot be seen: give "
                        "--val_annot_path")
     for split, annot_path, img_path in reversed(splits):
-        form = find_form(annot_path, img_path)
         with rename_argument(annot_path=f"{split}_annot_path", img_path=f"{split}_img_path"):
+            form = find_form(annot_path, img_path)
             records = load_captions(annot_path, img_path, warn=lambda line: report.warning(
                 line.removeprefix("warning: ")))
         counts = [len(record.captions) for record in records]
