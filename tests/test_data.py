@@ -298,6 +298,7 @@ def test_what_is_wrong_in_a_tar_is_left_out_with_a_line_and_the_rest_is_kept(tmp
                          ("list.jpg", "captions")):
         (line,) = (line for line in warnings if name in line and reason in line)
         assert "\n" not in line and len(line) < 300
+    assert not any("._good" in line for line in warnings)
     with tarfile.open(path) as archive:
         end = archive.getmember("none.jpg").offset_data + 100
     (tmp_path / "cut.tar").write_bytes(path.read_bytes()[:end])

@@ -93,3 +93,14 @@ def test_the_page_shows_filters_orders_and_enlarges(page):
     assert page.locator("dialog p").inner_text() == "two red sheep"
     page.locator("dialog").click()
     assert not page.locator("dialog").is_visible()
+
+
+def test_a_photo_that_is_gone_is_left_out_of_the_page(tmp_path):
+    entry = {"file": "a.jpg", "caption": "x", "seed": 1, "clip_score": 0.1, "photo": "photo.png"}
+    for photo_is_there in (True, False):
+        if photo_is_there:
+            save_jpeg(torch.zeros(3, 300, 300), tmp_path / "photo.png")
+        else:
+            (tmp_path / "photo.png").unlink()
+        write_gallery(tmp_path / "index.html", [entry], {})
+        assert ("data:image" in (tmp_path / "index.html").read_text()) == photo_is_there
