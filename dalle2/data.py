@@ -32,6 +32,11 @@ class Record(NamedTuple):
     captions: list[str]
 
 
+def map_embedding(name):
+    """A property of a Store: the file `name` of its embeddings, opened when it is asked for."""
+    return cached_property(lambda store: store._map(f"{store.embed_name}/{name}.npy"))
+
+
 class Store:
     """A prepared data set of P photos, `num_views` pictures of each (N = P num_views in all), and M
     captions, in one or more shards, memory-mapped.
@@ -90,21 +95,8 @@ class Store:
             [ByteRows(np.memmap(folder / "images" / "records.jsonl", np.uint8, "r"), start)
              for folder, start in zip(self.folders, self._load("images/record_start.npy"))]))
 
-    @cached_property
-    def image_embed(self):
-        return self._map(f"{self.embed_name}/image_embed.npy")
-
-    @cached_property
-    def text_tokens(self):
-        return self._map(f"{self.embed_name}/text_tokens.npy")
-
-    @cached_property
-    def text_embed(self):
-        return self._map(f"{self.embed_name}/text_embed.npy")
-
-    @cached_property
-    def text_encodings(self):
-        return self._map(f"{self.embed_name}/text_encodings.npy")
+    image_embed, text_tokens, text_embed, text_encodings = map(
+        map_embedding, ("image_embed", "text_tokens", "text_embed", "text_encodings"))
 
     @cached_property
     def token_start(self):
