@@ -22,7 +22,7 @@ def main():
                         "in parts; choose a smaller --batch_size, or more devices",
                         "device_batch_size")
     if args.vision_weights and not config.vision_timm:
-        raise UserError("are those of a tower that --vision_timm names", "vision_weights")
+        raise UserError("goes with --vision_timm, the name of their network", "vision_weights")
     cli.check_data(args)
     with cli.import_late():
         import torch
