@@ -187,7 +187,8 @@ def run_in_processes(function, folder, *args, processes=2):
 def enter_process(rank, processes, function, folder, *args):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-                      LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT="0")
+                      LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT="0",
+                      OMP_NUM_THREADS="1")  # otherwise accelerate sets the threads anew
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
                                          world_size=processes, timeout=timedelta(seconds=PATIENCE))
     try:
