@@ -80,7 +80,8 @@ def build_tar_shard(tar, count, source, strict):
 
 
 def take_tars(tars, max_images):
-    """[(tar, how many of its pictures; None: all)] for the first `max_images` of all."""
+    """[(tar, how many of its pictures; None: all)] for the first `max_images` of all. UserError
+    where there are none."""
     if max_images is None:
         return [(tar, None) for tar in tars]
     taken = []
@@ -90,4 +91,6 @@ def take_tars(tars, max_images):
         max_images -= count
         if not max_images:
             break
+    if not taken:
+        raise UserError(f"{tars[0]} and the tars after it hold no captioned image", "img_path")
     return taken

@@ -350,5 +350,7 @@ def test_a_store_of_tars_is_that_of_their_pictures_and_a_bad_tar_is_left_out(
     changed = prepare_store(str(folder), "", tmp_path / "store", clip=clip, progress=False)
     assert changed.records[9].captions == ["another"] and len(changed) == 10
     assert not np.array_equal(changed.image_embed[9], more.image_embed[9])
+    with pytest.raises(UserError, match="img_path: .*00004.tar .*no captioned image"):
+        prepare_store(str(folder / "00004.tar"), "", tmp_path / "store", max_images=4)
     few = prepare_store(str(folder), "", tmp_path / "store", max_images=4, progress=False)
     assert len(few) == 4 and few.records[3].captions == ["caption 3"]
