@@ -37,12 +37,8 @@ run_tests() {
 }
 
 run_speed() {
-    for flags in "" --channels_last --compile "--channels_last --compile"; do
-        name=train_speed$(echo "$flags" | tr -d " ")
-        # shellcheck disable=SC2086  # the flags are several arguments, or none
-        keep "$name.md" "$PY" -m benchmarks.train_speed --preset base --batch_size 128 \
-            --variants stock ours $flags --profile --json "$out/$name.json"
-    done
+    keep train_speed.md "$PY" -m benchmarks.train_speed --preset base --batch_size 128 \
+        --variants stock eager ours compiled --profile --json "$out/train_speed.json"
     keep sample_speed.md "$PY" -m benchmarks.sample_speed --preset base --batch_size 16
 }
 

@@ -4,7 +4,8 @@
     ViT-L/14 (random weights) in every step and captions padded to 77 positions;
 (b) stock: the networks of --preset in the same trainers, fp32, with cached embeddings; for the
     prior also with captions padded to 77 positions, which is the library's default;
-(c) ours: the same networks as in (b), trained by this project (`dalle2.tasks`).
+(c) ours: the same networks as in (b), trained by this project (`dalle2.tasks`); on a GPU also
+    without CUDA graphs (eager) and with torch.compile (compiled).
 
 All variants run in one process and take turns, a step each; medians over --rounds. The data are
 random numbers.
@@ -44,6 +45,7 @@ from benchmarks.common import (
 from dalle2 import cli
 from dalle2.config import PRESETS
 from dalle2.fast_modules import restore_modules
+from dalle2.graphs import EAGER_CALLS
 from dalle2.models import build_prior, build_unet
 from dalle2.tasks import PriorTask, UnetTask
 from dalle2.train_state import TrainState
@@ -51,6 +53,8 @@ from dalle2.train_state import TrainState
 EMBED_DIM = 768       # of ViT-L/14
 CAPTION_TOKENS = 13   # the mean of COCO
 BATCH_SIZES = {"prior": 16, "unet1": 4, "unet2": 8}
+OURS = {"ours": {}, "eager": {"cuda_graphs": False}, "channels_last": {"channels_last": True},
+        "compiled": {"compile": True}}  # variants of (c), with what they change in TrainConfig
 
 
 def parse_args():
@@ -58,15 +62,13 @@ def parse_args():
     parser.add_argument("--preset", default="base", choices=list(PRESETS))
     parser.add_argument("--networks", nargs="+", default=list(BATCH_SIZES), choices=BATCH_SIZES)
     parser.add_argument("--variants", nargs="+", default=["published", "stock", "ours"],
-                        choices=["published", "stock", "ours"], help="(a), (b), (c)")
+                        choices=["published", "stock", *OURS], help="(a), (b), (c), kinds of (c)")
     parser.add_argument("--batch_size", type=cli.at_least(1), help="of every network (None: "
                         + ", ".join(f"{size} for {name}" for name, size in BATCH_SIZES.items())
                         + ")")
     parser.add_argument("--rounds", type=cli.at_least(1), default=5)
-    parser.add_argument("--compile", action="store_true", help="use torch.compile in (c)")
-    parser.add_argument("--channels_last", action="store_true", help="in (c)")
     parser.add_argument("--profile", action="store_true",
-                        help="print the operations in which (c) spends the most time")
+                        help="print the operations in which the last variant spends the most time")
     parser.add_argument("--json", help="write the figures to this file as well")
     return parser.parse_args()
 
@@ -90,8 +92,8 @@ def main():
         steps = build_steps(args, name, batch_size, device, clip)
         results[name] = measure(steps, args.rounds, device)
         print_network(name, batch_size, results[name], matmul_rates)
-        if args.profile and "(c) ours" in steps:
-            print_profile(*steps["(c) ours"], device.type)
+        if args.profile:
+            print_profile(*list(steps.values())[-1], device.type)
         steps.clear()
         gc.collect()
     print_both_stages(args, results)
@@ -113,9 +115,8 @@ def build_steps(args, name, batch_size, device, clip):
             steps["(b) stock, 77 positions"] = build_stock_step(name, preset, batch_size, device,
                                                                 max_text_len=77)
         steps["(b) stock"] = build_stock_step(name, preset, batch_size, device)
-    if "ours" in args.variants:
-        steps["(c) ours"] = build_our_step(name, preset, batch_size, device,
-                                            compile=args.compile, channels_last=args.channels_last)
+    for variant in [name for name in OURS if name in args.variants]:
+        steps[f"(c) {variant}"] = build_our_step(name, preset, batch_size, device, OURS[variant])
     return steps
 
 
@@ -156,7 +157,7 @@ def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=N
             lambda: trainer.update(unet_number=number))
 
 
-def build_our_step(name, preset, batch_size, device, **options):
+def build_our_step(name, preset, batch_size, device, options):
     AcceleratorState._reset_state()
     accelerator = cli.build_accelerator("auto")
     image_embed = torch.randn(batch_size, EMBED_DIM)
@@ -197,24 +198,29 @@ def draw_pictures(batch_size, size):
 
 def measure(steps, rounds, device):
     """{variant: {"ms": a step, "update_ms": the part that updates the weights, "gb": memory for the
-    backward pass, "gflop": forward and backward pass}}; the variants take turns."""
-    results = {variant: {} for variant in steps}
-    for variant, (compute, update) in steps.items():  # also warms up and compiles
-        with FlopCounterMode(display=False) as counter:
+    backward pass, "gflop": forward and backward pass}}; the variants take turns. On a GPU a turn is
+    five steps in succession, since kernels are launched while earlier ones still run."""
+    results, in_turn = {variant: {} for variant in steps}, 5 if device.type == "cuda" else 1
+    for variant, (compute, update) in steps.items():
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             compute()
         results[variant]["gflop"] = counter.get_total_flops() / 1e9
         update()
         results[variant]["gb"] = measure_memory(compute, device) / 1e9
+        for _ in range(EAGER_CALLS if device.type == "cuda" else 0):  # compiles, records graphs
+            update()
+            compute()
         update()
-    functions = {(variant, part): function for variant, pair in steps.items()
-                 for part, function in zip(("compute", "update"), pair)}
-    seconds = time_in_turns(functions, rounds, warm_up=False)
-    totals = compute_medians({variant: map(sum, zip(seconds[variant, "compute"],
-                                                    seconds[variant, "update"]))
-                              for variant in steps})
-    updates = compute_medians({variant: seconds[variant, "update"] for variant in steps})
+
+    def repeat(*functions):
+        return lambda: [function() for _ in range(in_turn) for function in functions]
+    seconds = time_in_turns(
+        {(variant, part): repeat(*pair[:number]) for variant, pair in steps.items()
+         for part, number in (("compute", 1), ("step", 2))}, rounds, warm_up=False)
+    medians = compute_medians(seconds)
     for variant, row in results.items():
-        row |= {"ms": 1e3 * totals[variant], "update_ms": 1e3 * updates[variant]}
+        row["ms"] = 1e3 * medians[variant, "step"] / in_turn
+        row["update_ms"] = max(0, row["ms"] - 1e3 * medians[variant, "compute"] / in_turn)
     return results
 
 
@@ -242,11 +248,10 @@ def measure_matmul_rate(device, dtype):
 
 def print_network(name, batch_size, results, matmul_rates):
     ours = results.get("(c) ours")
-    if ours and "(b) stock" in results:
-        ours["gflop"] = results["(b) stock"]["gflop"]  # the same mathematics
     for variant, row in results.items():
-        rate = row["gflop"] / row["ms"] * 1e3
-        share = rate / matmul_rates["ours" if variant == "(c) ours" else "stock"]
+        same = variant.startswith("(c)") and "(b) stock" in results  # the same mathematics
+        rate = (results["(b) stock"] if same else row)["gflop"] / row["ms"] * 1e3
+        share = rate / matmul_rates["ours" if variant.startswith("(c)") else "stock"]
         print_row(f"{name}, {batch_size}", variant, f"{batch_size / row['ms'] * 1e3:.2f}",
                   f"{row['ms']:.0f}", f"{row['update_ms']:.0f}", f"{row['gb']:.2f}", f"{rate:.0f}",
                   f"{share:.0%}", f"{row['ms'] / ours['ms']:.2f}x" if ours else "")

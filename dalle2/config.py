@@ -51,6 +51,9 @@ class TrainConfig:
                                   "on a GPU")
     compile: bool = setting(False, help="compile the network with torch.compile, which takes a "
                             "minute or two at the start")
+    cuda_graphs: bool = setting(True, help="launch a step's forward and backward pass as one CUDA "
+                                "graph, where a process trains alone on one GPU that holds its "
+                                "rows at once; not for a CLIP")
     fsdp: bool = setting(False, help="shard weights, average and optimizer among the processes "
                          "(FSDP2), for a network that one GPU does not hold")
     save_every: int = setting(2500, help="steps between checkpoints and exports")

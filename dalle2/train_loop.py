@@ -31,7 +31,7 @@ TRIAL_STEPS = 2        # in which several processes find out whether their rows 
 MAY_CHANGE = {  # what a resumed run may set otherwise
     "num_steps", "save_every", "save_minutes", "validate_every", "snapshot_every",
     "mixed_precision", "device_batch_size", "gradient_checkpointing", "channels_last", "compile",
-    "fsdp"}
+    "cuda_graphs", "fsdp"}
 
 
 def train(
@@ -233,11 +233,13 @@ def show_progress(start, num_steps, run_dir, accelerator):
 
 
 def run_validation(task, module, average):
-    """Metrics of the averaged weights, and the losses of the raw ones with "_raw" at the end."""
+    """Metrics of the averaged weights, and the losses of the raw ones with "_raw" at the end. A
+    network that --compile compiled for training is not compiled again for this."""
     average.eval()
-    row = task.validate(average, brief=False)
     module.eval()
-    return row | {f"{name}_raw": loss for name, loss in task.validate(module, brief=True).items()}
+    with torch.compiler.set_stance("force_eager"):
+        return task.validate(average, brief=False) | {
+            f"{name}_raw": loss for name, loss in task.validate(module, brief=True).items()}
 
 
 def compute_lr_factor(config, step):

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from dalle2.ema import PowerAverages
 from dalle2.errors import UserError
+from dalle2.graphs import GraphedGradients
 from dalle2.optimizer import build_optimizers
-from dalle2.rng import BatchRandom
+from dalle2.rng import BatchRandom, derive_seed
 from dalle2.sharding import (
     CAN_SHARD_ON_CPU,
     gather,
@@ -47,6 +48,10 @@ class TrainState:
         self.model = accelerator.prepare_model(module, evaluation_mode=self.is_shared)
         self.optimizers = [accelerator.prepare(o) for o in build_optimizers(module, config)]
         self.module = accelerator.unwrap_model(self.model)
+        # not for a CLIP: open_clip picks a caption's end with an index from the CPU
+        self.can_graph = (config.cuda_graphs and can_split and accelerator.device.type == "cuda"
+                          and accelerator.num_processes == 1)
+        self.graph = None
         self.snapshots = PowerAverages(self.module) if config.snapshot_every else None
         # the first process samples; all do where each holds but a share of the weights
         self.samples_here = accelerator.is_main_process or self.is_shared
@@ -91,22 +96,44 @@ class TrainState:
         return None
 
     def _compute(self, step, batch, compute_loss, sync):
-        accelerator, config, share = self.accelerator, self.config, self.share
-        offset, losses = accelerator.process_index * share, []
+        accelerator, share = self.accelerator, self.share
+        key, losses = (self.config.seed, step, "noise"), []
+        if self.can_graph and self.device_batch_size == share:
+            return self._replay(key, batch, compute_loss)
         for first in range(0, share, self.device_batch_size):
             last = min(first + self.device_batch_size, share)
             part = {name: value[first:last] for name, value in batch.items()}
-            random = BatchRandom(config.seed, step, "noise", batch_size=config.batch_size,
-                                 rows=slice(offset + first, offset + last),
-                                 device=accelerator.device)
             waits = sync and last == share  # gradients meet after the last part
             with contextlib.nullcontext() if waits else accelerator.no_sync(self.model):
-                loss = compute_loss(self.model, part, random).mean() * ((last - first) / share)
-                accelerator.backward(loss)
-            losses.append(loss.detach())
+                losses.append(self._compute_part(part, self._draw_noise(key, first, last),
+                                                 compute_loss))
         return torch.stack(losses).sum()
 
+    def _replay(self, key, batch, compute_loss):
+        """All rows at once, by a CUDA graph."""
+        if self.graph is None:
+            random = self._draw_noise(key, 0, self.share)
+            params = [param for param in self.module.parameters() if param.requires_grad]
+            self.graph = GraphedGradients(
+                lambda batch: self._compute_part(batch, random, compute_loss), params,
+                random.generator)
+        self.graph.generator.manual_seed(derive_seed(*key))
+        return self.graph(batch)
+
+    def _compute_part(self, part, random, compute_loss):
+        """Adds the gradients of the rows `part`; their loss, as a part of the batch's."""
+        loss = compute_loss(self.model, part, random).mean()
+        loss = loss * (len(next(iter(part.values()))) / self.share)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _draw_noise(self, key, first, last):
+        offset = self.accelerator.process_index * self.share
+        return BatchRandom(*key, batch_size=self.config.batch_size, device=self.accelerator.device,
+                           rows=slice(offset + first, offset + last))
+
     def _halve_rows(self):
+        self.graph = None
         self._clear_gradients()
         torch.cuda.empty_cache()
         before, self.device_batch_size = self.device_batch_size, -(-self.device_batch_size // 2)
