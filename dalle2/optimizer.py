@@ -61,33 +61,39 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None
-        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["momentum"] = torch.zeros_like(param)
-                grad, momentum, keep = param.grad, group["momentum"], 1.0
-                if found_inf is not None:  # decided on the device: nothing waits for the answer
-                    keep = 1 - found_inf
-                    grad = torch.where(keep > 0, grad, 0)
-                    momentum = torch.where(keep > 0, momentum, 1.0)
-                state["momentum"].mul_(momentum).add_(grad)
-                update = gather(grad.add(state["momentum"], alpha=group["momentum"])).flatten(1)
-                is_tall = update.shape[0] > update.shape[1]
-                update = update.T if is_tall else update
-                by_shape[update.shape].append((param, is_tall, update))
-            for rows in by_shape.values():
-                updates = orthogonalize(torch.stack([update for _, _, update in rows]))
-                for (param, is_tall, _), update in zip(rows, updates):
-                    update = update.T if is_tall else update
-                    scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                    param.mul_(1 - keep * group["lr"] * group["weight_decay"])
-                    param.add_(scatter_like(keep * update.reshape(param.shape), param),
-                               alpha=-group["lr"] * scale)
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self._update(params, group["lr"], group["momentum"], group["weight_decay"])
+
+    def _update(self, params, lr, momentum, weight_decay):
+        """All in lists and stacks: on a GPU a launch costs more than what most of them compute."""
+        grads, keep, keep_momentum = [param.grad for param in params], 1.0, momentum
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:  # decided on the device: nothing waits for the answer
+            keep = 1 - found_inf
+            is_finite, zero = keep > 0, torch.zeros_like(keep)
+            grads = [torch.where(is_finite, grad, zero) for grad in grads]
+            keep_momentum = torch.where(is_finite, momentum, 1.0)
+        for param in params:
+            if not self.state[param]:
+                self.state[param]["momentum"] = torch.zeros_like(param)
+        momenta = [self.state[param]["momentum"] for param in params]
+        torch._foreach_mul_(momenta, keep_momentum)
+        torch._foreach_add_(momenta, grads)
+        by_shape = defaultdict(list)
+        for param, update in zip(params, torch._foreach_add(grads, momenta, alpha=momentum)):
+            update = gather(update).flatten(1)
+            is_tall = update.shape[0] > update.shape[1]
+            by_shape[update.shape].append((param, update.T if is_tall else update))
+        torch._foreach_mul_(params, 1 - keep * lr * weight_decay)
+        for shape, rows in by_shape.items():
+            updates = keep * orthogonalize(torch.stack([update for _, update in rows]))
+            updates = updates.mT.contiguous() if shape[0] > shape[1] else updates
+            same = [param for param, _ in rows]
+            torch._foreach_add_(same, [scatter_like(update.view(param.shape), param)
+                                       for param, update in zip(same, updates)],
+                                alpha=-lr * max(1, shape[0] / shape[1]) ** 0.5)
 
 
 def orthogonalize(matrices):
