@@ -6,7 +6,8 @@
 #   DATA=data/flickr8k MINUTES=20 sh benchmarks/gpu_check.sh [tests] [speed] [training]
 # DATA is needed for the training: annotations/captions_{train,val}.json (COCO captions format), and
 # the pictures in train/ and val/, or all of them in images/. PRESET (small) is trained on VIEWS (4)
-# pictures of each photo.
+# pictures of each photo. CLIP_FLAGS: more flags of train_clip.py, such as "--vision_timm
+# tf_efficientnet_lite1 --lock_vision --image_size 176" for an image tower with ImageNet weights.
 # VENV=/path names a ready environment: if it has the packages, nothing is installed.
 set -eu
 cd "$(dirname "$0")/.."
@@ -75,7 +76,7 @@ run_training() {
     clip="--clip_pretrained $out/clip/clip.safetensors"
     # shellcheck disable=SC2086  # $clip is a flag and its value
     {
-        train clip 15 train_clip.py "$@" --validate_every 100
+        train clip 15 train_clip.py "$@" --validate_every 100 ${CLIP_FLAGS:-}
         train prior 10 train_prior.py "$@" $clip --validate_every 250
         train decoder 60 train_decoder.py "$@" $clip --unet_number 1 --validate_every 250
         train decoder 15 train_decoder.py "$@" $clip --unet_number 2 --validate_every 250
