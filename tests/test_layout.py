@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (  # from the ground up: a module imports from the floors below its own
-    {"errors", "rng", "archives", "arrays", "diffusion", "fast_modules", "rowwise", "sharding",
-     "validation"},
+    {"errors", "rng", "archives", "arrays", "diffusion", "fast_modules", "graphs", "rowwise",
+     "sharding", "validation"},
     {"captions", "config", "files", "images", "logger", "optimizer", "processes"},
     {"checkpoint", "plots", "gallery", "data", "shards"},
     {"ema", "clip", "models", "sampling", "prepare"},
