@@ -94,7 +94,7 @@ def _figure(folder, number, entry, nearest):
     beside = ""
     if "photo" in entry:
         with contextlib.suppress(OSError, ValueError):  # the page outlives the photos
-            beside += _small("photo", load_image(folder / entry["photo"], 128))
+            beside += _small("true picture", load_image(folder / entry["photo"], 128))
     if nearest:
         beside += _small(f"nearest in training, {nearest[1]:.2f}", resize(nearest[0], 128))
     own = f'<br>{html.escape(_describe(entry["settings"]))}' if "settings" in entry else ""
