@@ -90,6 +90,9 @@ def parse_args():
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES),
                         help="what the part `chain` renders from")
     parser.add_argument("--cond_scale", type=float, help="None: what the checkpoint says")
+    parser.add_argument("--prior_cond_scale", type=float, nargs="+",
+                        help="for the part `prior`, a row each; None: what the checkpoint says")
+    parser.add_argument("--num_candidates", type=cli.at_least(1), help="likewise, of all rows")
     parser.add_argument("--lowres_noise_level", type=cli.at_least(0), help="None: likewise")
     parser.add_argument("--sample_timesteps", nargs="+", type=cli.at_least(1),
                         help="of prior and stages; None: what the checkpoint says")
@@ -148,11 +151,16 @@ def measure_prior(args, data):
     clip, image_embed, text_embed, encodings = embed(args, data)
     prior, config, _ = load_prior(Path(args.run_dir) / "prior" / "prior.safetensors")
     encodings = F.pad(encodings, (0, 0, 0, max(0, config.max_text_len - encodings.shape[1])))
-    drawn = sample_image_embed(prior.to(clip.device), config, text_embed,
-                               encodings[:, :config.max_text_len], range(len(text_embed)))
-    gain = (drawn * image_embed).sum(1) - (text_embed * image_embed).sum(1)
-    return {"the prior": score(drawn, image_embed) | {"above the text": summarize(gain)},
-            "the text embedding itself": score(text_embed, image_embed)}
+    rows = {"the text embedding itself": score(text_embed, image_embed)}
+    for cond_scale in args.prior_cond_scale or [config.cond_scale]:
+        options = SampleOptions(cond_scale, args.sample_timesteps and args.sample_timesteps[0],
+                                num_candidates=args.num_candidates)
+        drawn = sample_image_embed(prior.to(clip.device), config, text_embed, encodings[
+            :, :config.max_text_len], range(len(text_embed)), options)
+        gain = (drawn * image_embed).sum(1) - (text_embed * image_embed).sum(1)
+        rows[f"the prior, guidance {cond_scale:g}"] = score(drawn, image_embed) | {
+            "above the text": summarize(gain)}
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------

@@ -261,8 +261,8 @@ PRESETS = {
                                          warmup_steps=100, weight_decay=0.01, adam_beta2=0.99,
                                          ema_decay=0.999, save_every=500, validate_every=500,
                                          snapshot_every=1000))))),
-    # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3; guidance and
-    # what the upsampler learns: docs/results.md, "Photographs"
+    # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3;
+    # guidance, and what the upsampler learns: docs/results.md, "Photographs"
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32, cond_scale=2.0,
