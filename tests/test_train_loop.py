@@ -76,6 +76,24 @@ def test_muon_moves_each_matrix_by_its_learning_rate():
         assert 0.5 < moved.min() and moved.max() < 1.3
 
 
+def test_muon_decays_weights_and_a_step_that_is_left_out_leaves_no_trace():
+    weight = nn.Parameter(torch.ones(8, 8))
+    weight.grad = torch.zeros(8, 8)
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(weight.detach(), torch.full((8, 8), 0.95))
+    weights = []
+    for seeds in ((1, 2), (1, None, 2)):
+        weight = nn.Parameter(torch.ones(8, 8))
+        optimizer = Muon([weight], lr=0.1)
+        for seed in seeds:
+            weight.grad = torch.full((8, 8), torch.nan) if seed is None else torch.randn(
+                8, 8, generator=torch.Generator().manual_seed(seed))
+            optimizer.found_inf = torch.tensor(float(seed is None))
+            optimizer.step()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
+
+
 CONFIG = TrainConfig(num_steps=8, batch_size=4, lr=1e-2, warmup_steps=2, weight_decay=0.1,
                      ema_decay=0.9, save_every=4, validate_every=4)
 
