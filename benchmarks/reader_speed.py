@@ -67,7 +67,7 @@ def build_store(args, image_format, folder):
     """A Store of the photos with random embeddings."""
     store = prepare_store(args.img_path, args.annot_path, folder / "store", progress=False,
                           max_images=args.max_images, image_format=image_format)
-    save_random_embeds(folder, len(store), store.caption_start[-1], EMBED_DIM,
+    save_random_embeds(folder, len(store), int(store.caption_start[-1]), EMBED_DIM,
                        CAPTION_TOKENS, random=np.random.default_rng(0))
     return Store(store.folders, folder)
 

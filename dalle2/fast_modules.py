@@ -173,6 +173,8 @@ def modulate_group_norm(x, norm, scale, shift):
 
 def group_norm(x, num_groups, weight, bias, eps):
     """F.group_norm in the precision of x, with autocast too."""
+    if x.dtype == torch.float32:
+        return F.group_norm(x, num_groups, weight, bias, eps)
     with torch.autocast(x.device.type, enabled=False):
         return F.group_norm(x, num_groups, *(None if part is None else part.to(x.dtype)
                                              for part in (weight, bias)), eps)

@@ -55,6 +55,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; decoupled weight decay. Like torch's fused AdamW it leaves
     everything alone at a step where its attribute `found_inf`, a tensor, is not zero."""
 
+    _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf and waits for nothing
+
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 

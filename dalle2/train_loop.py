@@ -55,7 +55,8 @@ def train(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(RunFolder(run_dir, accelerator.is_main_process))
         stop = stack.enter_context(catch_signals())
-        stack.enter_context(explain_memory(task.can_split))
+        stack.enter_context(explain_memory(
+            task.can_split, hasattr(task.config, "gradient_checkpointing")))
         state = TrainState(module, c, accelerator, list_blocks, task.can_split)
 
         # ---- resume: the first process reads, so that the others need no run folder

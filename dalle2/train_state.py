@@ -228,12 +228,13 @@ def count_rows(batch_size, num_processes):
 
 
 @contextlib.contextmanager
-def explain_memory(can_split):
+def explain_memory(can_split, can_checkpoint):
     """Turns CUDA's lack of memory into a UserError that names the flags that help."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         argument = "device_batch_size" if can_split else "batch_size"
-        advice = ", or --gradient_checkpointing, or --fsdp on more devices" if can_split else ""
+        advice = ", or --gradient_checkpointing" if can_checkpoint else ""
+        advice += ", or --fsdp on more devices" if can_split else ""
         raise UserError(f"out of GPU memory; take fewer rows at a time{advice}", argument) \
             from error

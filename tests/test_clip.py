@@ -63,6 +63,7 @@ SMALL = {  # the image tower of a model, shrunk
     "ViT-H-14-378-quickgelu": dict(SMALL_VIT, image_size=378),
     "RN50-quickgelu": dict(layers=[1] * 4, width=16, image_size=64),
     "convnext_base": dict(timm_model_name="convnext_atto", image_size=224),
+    "ViTamin-S": dict(image_size=224),
     "EVA02-B-16": dict(timm_model_name="eva02_tiny_patch14_224", image_size=224),
     "MobileCLIP-B": dict(timm_model_name="vit_tiny_patch16_224", image_size=224),
     "MobileCLIP-S1": dict(timm_model_name="fastvit_mci0", image_size=224),  # text sees what follows
@@ -129,6 +130,8 @@ def test_pictures_are_preprocessed_as_for_the_published_weights(name, from_file,
 @pytest.mark.parametrize("model, pretrained, message", [
     ("ViT-L-14", "openai", "clip_model: .* name ViT-L-14-quickgelu$"),
     ("ViT-L-14-CLIPA", "README.md", "clip_model: ViT-L-14-CLIPA has the tokenizer of"),
+    ("ViT-B-16-SigLIP", "webli", "clip_model: ViT-B-16-SigLIP has the tokenizer of"),
+    ("xlm-roberta-base-ViT-B-32", "laion5b_s13b_b90k", "clip_model: xlm-.* has the tokenizer of"),
     ("ViT-Z-99", "openai", "clip_model"), ("ViT-B-32", "no-such-tag", "clip_pretrained"),
     ("ViT-B-32", "no/such/file.pt", "clip_pretrained: no such file")])
 def test_a_clip_that_cannot_be_used_is_named(model, pretrained, message):

@@ -207,3 +207,15 @@ def test_the_commands_for_coco_find_each_others_files(toy, clip_path, tmp_path):
         subprocess.run([*command.replace("python", sys.executable).split(), *more], check=True,
                        cwd=tmp_path / "r", env={**os.environ, "VENV": sys.prefix})
     assert len(list((tmp_path / "r" / "result").glob("*.jpg"))) == 3  # two, and all in a grid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, page", [("scaling", "scaling.md"),
+                                          ("preset_costs", "presets.md")])
+def test_a_table_of_counts_is_what_its_command_prints(module, page):
+    def list_rows(text):
+        return [line.replace(" ", "") for line in text.splitlines() if line.startswith("|")][2:]
+    printed = subprocess.run([sys.executable, "-m", f"benchmarks.{module}"], cwd=ROOT, check=True,
+                             capture_output=True, text=True).stdout
+    assert set(list_rows(printed)) <= set(list_rows((ROOT / "docs" / page).read_text()))
+    assert len(list_rows(printed)) > 9

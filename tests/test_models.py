@@ -115,15 +115,19 @@ def test_neighbouring_timesteps_differ_in_bf16():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["prior", "unet1"])
 def test_networks_compile_as_one_graph_once(name):
-    """No graph break, and no second compilation from step to step."""
+    """No graph break, no second compilation from step to step, and the same numbers."""
     torch._dynamo.reset()
     counter = CompileCounter()
     network, args, kwargs = make_network(name)
+    eager = copy.deepcopy(network)
     network.compile(backend=counter, fullgraph=True)
     for step in range(4):
         drop = {DROP[name]: (torch.rand(3) < 0.5).float()}
-        network(args[0], args[1] + step, **kwargs, **drop).sum().backward()
+        found = network(args[0], args[1] + step, **kwargs, **drop)
+        found.sum().backward()
     assert counter.frame_count == 1
+    torch.testing.assert_close(found, eager(args[0], args[1] + step, **kwargs, **drop), atol=1e-5,
+                               rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["prior", "unet1", "unet2"])
