@@ -105,14 +105,14 @@ class TrainState:
             part = {name: value[first:last] for name, value in batch.items()}
             waits = sync and last == share  # gradients meet after the last part
             with contextlib.nullcontext() if waits else accelerator.no_sync(self.model):
-                losses.append(self._compute_part(part, self._draw_noise(key, first, last),
+                losses.append(self._compute_part(part, self._build_random(key, first, last),
                                                  compute_loss))
         return torch.stack(losses).sum()
 
     def _replay(self, key, batch, compute_loss):
         """All rows at once, by a CUDA graph."""
         if self.graph is None:
-            random = self._draw_noise(key, 0, self.share)
+            random = self._build_random(key, 0, self.share)
             params = [param for param in self.module.parameters() if param.requires_grad]
             self.graph = GraphedGradients(
                 lambda batch: self._compute_part(batch, random, compute_loss), params,
@@ -127,7 +127,8 @@ class TrainState:
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _draw_noise(self, key, first, last):
+    def _build_random(self, key, first, last):
+        """The random numbers of the rows `first` to `last` of this process."""
         offset = self.accelerator.process_index * self.share
         return BatchRandom(*key, batch_size=self.config.batch_size, device=self.accelerator.device,
                            rows=slice(offset + first, offset + last))
