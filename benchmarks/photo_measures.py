@@ -89,6 +89,9 @@ def parse_args():
                         help="of them, for the parts `stages` and `samples`")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES),
                         help="what the part `chain` renders from")
+    parser.add_argument("--samples_per_prompt", type=cli.at_least(1), default=1,
+                        help="pictures a caption in the part `chain`, of which the one with the "
+                        "best score by the chain's own CLIP is kept")
     parser.add_argument("--cond_scale", type=float, help="None: what the checkpoint says")
     parser.add_argument("--prior_cond_scale", type=float, nargs="+",
                         help="for the part `prior`, a row each; None: what the checkpoint says")
@@ -338,11 +341,22 @@ def measure_chain(args, data):
             window = slice(start, start + BATCH_SIZE)
             seeds = range(len(data.captions))[window]
             photos = data.photos[window] if name == "true embeddings" else None
-            images.append(pipeline.sample(data.captions[window], seeds, options, photos).image)
+            images.append(draw_best(pipeline, data.captions[window], seeds, options, photos,
+                                    args.samples_per_prompt))
         images = torch.cat(images)
         save_jpeg(arrange(images[:48]), run / f"from_{name.replace(' ', '_')}.jpg")
-        rows[f"from {name}"] = compare(judge, judge.embed_images(images), vectors, real)
+        best = f", best of {args.samples_per_prompt}" if args.samples_per_prompt > 1 else ""
+        rows[f"from {name}{best}"] = compare(judge, judge.embed_images(images), vectors, real)
     return rows
+
+
+def draw_best(pipeline, captions, seeds, options, photos, count):
+    """(B, 3, H, W): of `count` pictures of each caption the one with the best CLIP score."""
+    drawn = [pipeline.sample(captions, [seed * count + k for seed in seeds], options, photos)
+             for k in range(count)]
+    scores = torch.stack([(pipeline.embed_images(sample.image) * sample.text_embed).sum(1)
+                          for sample in drawn])                               # (count, B)
+    return torch.stack([sample.image for sample in drawn])[scores.argmax(0), range(len(captions))]
 
 
 if __name__ == "__main__":
