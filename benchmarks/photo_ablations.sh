@@ -45,7 +45,7 @@ row x_start-cosine --objective x_start
 row noise-cosine --objective noise
 row embed-noise-0.3 --image_embed_noise 0.3
 row four-image-tokens --num_image_tokens 4
-row memory-efficient-off --no-memory_efficient
+row memory-efficient-off --no-memory_efficient --dim_mults 1 2 4 8 8
 
 "$PY" - "$out/ablations/$steps" <<'END'
 import json

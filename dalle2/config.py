@@ -180,10 +180,10 @@ _BASE_CLIP = ClipConfig(
 
 _TOY_CLIP = ClipConfig(
     embed_dim=128, image_size=48, vision_width=16, vision_layers=(1, 1, 1, 1), text_layers=2,
-    text_heads=4, context_length=26, logit_scale=10.0,
-    train=TrainConfig(num_steps=200, batch_size=256, lr=3e-3, muon_lr=0.02, warmup_steps=30,
+    text_heads=4, context_length=26, logit_scale=20.0, word_dropout=0.1,
+    train=TrainConfig(num_steps=300, batch_size=256, lr=3e-3, muon_lr=0.02, warmup_steps=30,
                       weight_decay=0.05, adam_beta2=0.98, ema_decay=0.97, save_every=100,
-                      validate_every=100))
+                      validate_every=300))
 
 _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, muon_lr=0.02, warmup_steps=50,
                          weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
@@ -193,7 +193,7 @@ PRESETS = {
     # two CPU cores, minutes: 32 -> 256 px on the embedded data set
     "toy": Preset(
         clip=_TOY_CLIP,
-        prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26,
+        prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26, cond_scale=3.0,
                           train=replace(_TOY_TRAIN, num_steps=400, batch_size=128)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
@@ -201,7 +201,7 @@ PRESETS = {
                        cond_dim=64, num_image_tokens=8,
                        objective="x_start", beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=10, cond_scale=1.5,
-                       train=replace(_TOY_TRAIN, num_steps=2000, batch_size=32, lr=2e-3,
+                       train=replace(_TOY_TRAIN, num_steps=1200, batch_size=32, lr=2e-3,
                                      muon_lr=0.015)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
@@ -229,7 +229,7 @@ PRESETS = {
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=50, lowres_noise_level=10,
-                       sample_timesteps=4,
+                       sample_timesteps=2,
                        train=replace(_TOY_TRAIN, num_steps=1000, batch_size=16, lr=2e-3,
                                      ema_decay=0.999, validate_every=250))))),
     # one GPU; trained for minutes on one H200: docs/results.md, "On a GPU"
@@ -262,7 +262,7 @@ PRESETS = {
                                          ema_decay=0.999, save_every=500, validate_every=500,
                                          snapshot_every=1000))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3;
-    # guidance, and what the upsampler learns: docs/results.md, "Photographs"
+    # guidance, loss weight, and what the upsampler learns: docs/results.md, "Photographs"
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32, cond_scale=2.0,
@@ -271,7 +271,7 @@ PRESETS = {
                                             snapshot_every=7_500)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=128, dim_mults=(1, 2, 3, 4),
-                       self_attn=(False, True, True, True), cond_scale=2.0,
+                       self_attn=(False, True, True, True), min_snr_gamma=0.0, cond_scale=2.0,
                        train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4,
                                          snapshot_every=15_000)),
             UnetConfig(image_size=256, dim=64, dim_mults=(1, 2, 4, 8), objective="x_start",

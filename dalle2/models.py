@@ -52,6 +52,8 @@ def build_unet(config: UnetConfig, unet_number, image_embed_dim):
         if getattr(config, name) % factor:
             raise UserError(f"{getattr(config, name)} is no multiple of {factor}, as "
                             f"{len(config.dim_mults)} resolutions need", name)
+    if not config.memory_efficient and config.dim_mults[0] != 1:  # the library's last block
+        raise UserError("the first one has to be 1 where memory_efficient is off", "dim_mults")
     cond_dim = config.cond_dim or config.dim
     if is_first and cond_dim == image_embed_dim:  # the library would make no tokens
         raise UserError(f"cond_dim {cond_dim} needs a CLIP of another embedding size", "preset")

@@ -265,7 +265,7 @@ def test_pictures_that_a_gpu_holds_give_the_batch_of_those_on_disk(number, monke
 
 
 def test_the_prior_draws_for_a_slice_of_the_validation_pictures_at_a_time():
-    config = replace(TOY.prior, sample_timesteps=1)
+    config = replace(TOY.prior, sample_timesteps=1, cond_scale=1.0)
     store = RandomStore(ROWS + 2)
     task = PriorTask(config, Accelerator(cpu=True), store, store)
     prior, rows = build_prior(config, D), []

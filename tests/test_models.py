@@ -154,12 +154,14 @@ def test_dropping_the_text_drops_it_for_its_row_alone():
 
 def test_configs_that_the_library_cannot_compute_are_refused():
     """Sides that cannot be halved; image tokens as wide as the embedding, for which the library
-    would take the embedding itself."""
+    would take the embedding itself; a last block that gets other channels than it was made for."""
     config = TOY.decoder.unets[0]
     with pytest.raises(UserError, match="image_size"):
         build_unet(replace(config, image_size=30), 1, D)
     with pytest.raises(UserError, match="cond_dim 64 needs a CLIP of another embedding size"):
         build_unet(config, 1, 64)
+    with pytest.raises(UserError, match="dim_mults: the first one has to be 1"):
+        build_unet(replace(config, memory_efficient=False), 1, D)
 
 
 def test_checkpointed_blocks_give_the_same_gradients_from_less_memory():
