@@ -40,6 +40,7 @@ row preset
 row adamw-2e-3 --muon_lr 0 --lr 2e-3
 row adamw-5e-4 --muon_lr 0 --lr 5e-4
 row min-snr-5 --min_snr_gamma 5
+row v-linear --beta_schedule linear
 row x_start-linear --objective x_start --beta_schedule linear
 row x_start-cosine --objective x_start
 row noise-cosine --objective noise

@@ -202,7 +202,7 @@ PRESETS = {
                        objective="x_start", beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=10, cond_scale=1.5,
                        train=replace(_TOY_TRAIN, num_steps=1200, batch_size=32, lr=2e-3,
-                                     muon_lr=0.015)),
+                                     muon_lr=0.015, save_every=400, validate_every=600)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,

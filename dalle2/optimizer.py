@@ -100,14 +100,19 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrices):
     """Wide matrices (B, R, C), R <= C, with all their singular values brought near 1: Newton-Schulz
-    iterations X <- (a + b A + c A^2) X with A = X X^T, carried out on A (B, R, R) alone."""
+    iterations X <- (a + b A + c A^2) X with A = X X^T. Where C is much larger than R they are
+    carried out on A (B, R, R) alone."""
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    gram, product = torch.bmm(x, x.mT), None
+    on_gram = x.shape[2] > 1.5 * x.shape[1]  # where both ways take the same multiplications
+    product = None
     for step in range(NEWTON_SCHULZ_STEPS):
+        gram = (torch.bmm(torch.bmm(factor, gram), factor) if step and on_gram
+                else torch.bmm(x, x.mT))
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else torch.bmm(factor, product)
-        if step < NEWTON_SCHULZ_STEPS - 1:
-            gram = torch.bmm(torch.bmm(factor, gram), factor)
-    return torch.bmm(product, x)
+        if not on_gram:
+            x = torch.bmm(factor, x)
+        else:
+            product = factor if product is None else torch.bmm(factor, product)
+    return torch.bmm(product, x) if on_gram else x
