@@ -193,8 +193,10 @@ PRESETS = {
     # two CPU cores, minutes: 32 -> 256 px on the embedded data set
     "toy": Preset(
         clip=_TOY_CLIP,
-        prior=PriorConfig(depth=4, heads=4, dim_head=32, max_text_len=26, cond_scale=3.0,
-                          train=replace(_TOY_TRAIN, num_steps=400, batch_size=128)),
+        prior=PriorConfig(depth=2, heads=4, dim_head=32, max_text_len=26, cond_scale=2.0,
+                          beta_schedule="linear",
+                          train=replace(_TOY_TRAIN, num_steps=1600, save_every=800,
+                                        validate_every=800)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,

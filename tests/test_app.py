@@ -100,7 +100,7 @@ def test_the_page_in_a_browser(browser, flags, tmp_path):
         page.get_by_role("button", name="Render").click()
         expect(page.locator("#report")).to_contain_text("unet 2, 256 px", timeout=30_000)
         expect(page.locator("#report")).to_contain_text(
-            f"seed {app.SEED} · guidance 1.5, of the prior 3")
+            f"seed {app.SEED} · guidance 1.5, of the prior 2")
         expect(page.locator("#picture img")).to_be_visible()
         page.get_by_label("Prompt").fill("  ")
         page.get_by_label("Prompt").press("Enter")
