@@ -105,7 +105,7 @@ def orthogonalize(matrices):
     a, b, c = NEWTON_SCHULZ
     x = matrices / (matrices.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     on_gram = x.shape[2] > 1.5 * x.shape[1]  # where both ways take the same multiplications
-    product = None
+    gram = factor = product = None
     for step in range(NEWTON_SCHULZ_STEPS):
         gram = (torch.bmm(torch.bmm(factor, gram), factor) if step and on_gram
                 else torch.bmm(x, x.mT))
