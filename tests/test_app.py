@@ -55,7 +55,7 @@ def test_a_seed_names_a_picture_and_the_report_its_making(pipeline, monkeypatch)
 
 def test_the_picture_is_that_of_test_dalle2(pipeline, flags, tmp_path):
     call("test_dalle2.py", *flags, "--prompt", "a red box", "--output_dir", tmp_path)
-    picture, _ = app.render(pipeline, "a red box", app.SEED, 1.5, 3.0, (3, 2, 1))
+    picture, _ = app.render(pipeline, "a red box", app.SEED, 1.5, TOY.prior.cond_scale, (3, 2, 1))
     save_jpeg(torch.from_numpy(picture).permute(2, 0, 1), tmp_path / "app.jpg")
     theirs, ours = (np.asarray(Image.open(tmp_path / name), dtype=int)
                     for name in ("a red box.jpg", "app.jpg"))
@@ -100,7 +100,7 @@ def test_the_page_in_a_browser(browser, flags, tmp_path):
         page.get_by_role("button", name="Render").click()
         expect(page.locator("#report")).to_contain_text("unet 2, 256 px", timeout=30_000)
         expect(page.locator("#report")).to_contain_text(
-            f"seed {app.SEED} · guidance 1.5, of the prior 2")
+            f"seed {app.SEED} · guidance 1.5, of the prior {TOY.prior.cond_scale:g}")
         expect(page.locator("#picture img")).to_be_visible()
         page.get_by_label("Prompt").fill("  ")
         page.get_by_label("Prompt").press("Enter")

@@ -75,9 +75,9 @@ TRAIN = dict(num_steps=7, batch_size=6, lr=2e-2, muon_lr=0.01, lr_schedule="cons
 CLIP = dict(embed_dim=64, image_size=64, vision_width=24, vision_layers=(2, 1, 1, 1),
             text_layers=3, text_heads=2, context_length=20, logit_scale=5.0, min_crop_scale=0.5,
             color_jitter=0.5, word_dropout=0.5)
-PRIOR = dict(depth=2, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
-             timesteps=500, beta_schedule="linear", text_cond_drop_prob=0.9, sample_timesteps=3,
-             num_candidates=9, cond_scale=2.0)
+PRIOR = dict(depth=3, heads=2, dim_head=16, max_text_len=20, normformer=True, discrete_time=True,
+             timesteps=500, beta_schedule="cosine", text_cond_drop_prob=0.9, sample_timesteps=3,
+             num_candidates=9, cond_scale=4.0)
 UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
             self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
             memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,

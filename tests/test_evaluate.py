@@ -214,7 +214,8 @@ def test_a_sweep_draws_tabulates_and_names_the_lowest_cmmd(evaluate, tmp_path):
         == [(scale, [steps] * 3) for scale in (1, 4) for steps in (1, 2)]
     best = min(result["rows"], key=lambda row: row["cmmd"])
     assert result["best"] == best and len({row["cmmd"] for row in result["rows"]}) == 4
-    assert f"lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale 3, " in printed
+    assert f"lowest CMMD: cond_scale {best['cond_scale']:g}, prior_cond_scale " \
+        f"{TOY.prior.cond_scale:g}, " in printed
     times = list_times(out)
     assert len(times) == 4 * (3 + 3)
     assert evaluate(*grid)[0] == 0 and list_times(out) == times
