@@ -264,7 +264,7 @@ PRESETS = {
                                          ema_decay=0.999, save_every=500, validate_every=500,
                                          snapshot_every=1000))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3;
-    # guidance, loss weight, and what the upsampler learns: docs/results.md, "Photographs"
+    # guidance, and what the upsampler learns: docs/results.md, "Photographs"
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32, cond_scale=2.0,
@@ -273,7 +273,7 @@ PRESETS = {
                                             snapshot_every=7_500)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=128, dim_mults=(1, 2, 3, 4),
-                       self_attn=(False, True, True, True), min_snr_gamma=0.0, cond_scale=2.0,
+                       self_attn=(False, True, True, True), cond_scale=2.0,
                        train=TrainConfig(num_steps=300_000, batch_size=512, lr=1.2e-4,
                                          snapshot_every=15_000)),
             UnetConfig(image_size=256, dim=64, dim_mults=(1, 2, 4, 8), objective="x_start",
