@@ -147,3 +147,15 @@ def test_the_device_is_a_gpu_of_either_kind_unless_the_cpu_is_asked_for(monkeypa
     assert not cli.build_accelerator("auto").cpu and "mps" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert cli.pick_device().type == "cpu" and cli.build_accelerator("auto").cpu
+
+
+def test_an_entry_script_ends_its_launch(tmp_path):
+    """A process that exits with Gloo's threads alive may abort after all its work is done."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        cli.run(lambda: distributed.barrier())
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
