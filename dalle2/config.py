@@ -208,9 +208,10 @@ PRESETS = {
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,
-                       crop_size=64, lowres_noise_max_level=50, lowres_noise_level=5,
+                       crop_size=64, lowres_noise_max_level=50, lowres_noise_level=0,
                        sample_timesteps=1,
-                       train=replace(_TOY_TRAIN, num_steps=500, batch_size=16, lr=2e-3))))),
+                       train=replace(_TOY_TRAIN, num_steps=600, batch_size=16, lr=2e-3,
+                                     save_every=300, validate_every=600))))),
     # two CPU cores, hours: 64 -> 256 px on some thousand photographs
     "photo": Preset(
         clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=14.0,
