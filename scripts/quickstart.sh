@@ -3,7 +3,7 @@
 # on it from scratch, renders captions that no training picture shows, and counts how many of their
 # attributes are right.
 # Hardware: 2 CPU cores, 8 GB of memory. Disk: 6 GB for the environment, 3 GB for output/quickstart.
-# Time: about 16 minutes on 2 cores, plus 2 to create the environment. The same command resumes.
+# Time: about 17 minutes on 2 cores, plus 2 to create the environment. The same command resumes.
 #   SEED=1 OUT=output/quickstart1 sh scripts/quickstart.sh     another seed, another folder
 set -eu
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ export PYTHONWARNINGS=ignore
 
 stage() {
     elapsed=$((($(date +%s) - start) / 60))
-    printf '\n=== %s  [minute %d; all stages take about 16 on two cores]\n' "$1" "$elapsed"
+    printf '\n=== %s  [minute %d; all stages take about 17 on two cores]\n' "$1" "$elapsed"
 }
 
 show() {
