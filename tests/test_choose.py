@@ -2,23 +2,24 @@
 untrained networks."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import TOY, D, change_unets, write_checkpoints
+from helpers import TOY, D, change_unets, extract_means, write_checkpoints
 
 from dalle2 import sampling
 from dalle2.checkpoint import load_export, read_export_header
 from dalle2.clip import load_clip
 from dalle2.config import config_to_dict
 from dalle2.ema import PowerAverages, save_snapshot
+from dalle2.images import to_uint8
 from dalle2.models import build_prior, build_unet, load_decoder, load_prior
 from dalle2.prepare import prepare_store
 from dalle2.rng import derive_seed
+from dalle2.tools import metrics
 from dalle2.tools.averages import list_snapshots, solve_weights, synthesize
 from dalle2.tools.candidates import open_run, write_chosen
 
@@ -185,22 +186,33 @@ def test_a_prior_is_chosen_by_cosine_and_written(choose, folder, store, monkeypa
         choose(folder, "--metric", "cmmd")
 
 
-def test_a_first_stage_is_chosen_by_cmmd(choose, folder, store, noisy_clip_path):
+@pytest.mark.parametrize("metric, described", [
+    ("cmmd", ", which also conditions the decoder"), ("kid", "Inception-v3")])
+def test_a_first_stage_is_chosen_by_its_pictures(choose, folder, store, noisy_clip_path,
+                                                 monkeypatch, metric, described):
+    clip = load_clip("", str(noisy_clip_path))
+
     def compare(x, y):
-        return 1000 * math.exp(-(x - y).square().sum() / 200)
+        if metric == "kid":
+            return (x @ y / len(x) + 1) ** 3
+        return 1000 * torch.exp(-(x - y).square().sum() / 200)
+
+    def extract(image):
+        return (extract_means(to_uint8(image)) if metric == "kid"
+                else clip.embed_image(image)).double()
+    monkeypatch.setattr(metrics, "load_inception", lambda path, device: extract_means)
     stages, _, _ = load_decoder(folder / "decoder.safetensors")
-    clip, expected = load_clip("", str(noisy_clip_path)), {}
-    true = clip.embed_image(torch.tensor(store.load_small_images(16)) / 255).double()
+    true, expected = extract(torch.tensor(store.load_small_images(16)) / 255), {}
     for key, state in load_candidates(folder / "unet1", stages[1].state_dict()).items():
         stages[1].load_state_dict(state)
-        drawn = clip.embed_image(sampling.sample_images(
+        drawn = extract(sampling.sample_images(
             sampling.build_stages([stages[1]], UNETS[:1]),
-            torch.tensor(store.image_embed[:]).float(), SEEDS)).double()
+            torch.tensor(store.image_embed[:]).float(), SEEDS))
         expected[key] = np.mean([compare(drawn[i], drawn[j]) + compare(true[i], true[j])
                                  - compare(drawn[i], true[j]) - compare(drawn[j], true[i])
                                  for i in range(N) for j in range(N) if i != j])
-    code, printed, error = choose(folder / "unet1")
-    assert code == 0 and ", which also conditions the decoder" in printed, error
+    code, printed, error = choose(folder / "unet1", "--metric", metric)
+    assert code == 0 and described in printed, error
     assert read_scores(folder / "unet1") == {key: pytest.approx(value, rel=1e-3)
                                              for key, value in expected.items()}
 

@@ -1,9 +1,12 @@
 """Scores: of validation, and of rendered pictures, against their definitions written out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.photo_measures import draw_best
 from dalle2.tools import metrics
 from dalle2.tools.metrics import (
     compute_cmmd,
@@ -122,3 +125,22 @@ def test_memorization_tells_copies_from_new_pictures(monkeypatch):
         (across.amax(1) > within.amax(1)).float().mean().item())
     new = measure(draw_embeds(1000, 2))
     assert new["nearer_to_train"] == pytest.approx(0.75, abs=0.06)  # three photos in four
+
+
+def test_of_several_pictures_of_a_caption_the_best_by_clip_score_is_kept():
+    """Pictures whose values are their seed; seed s has an embedding at the angle angles[s]."""
+    angles, drawn = torch.tensor([0.3, 0.1, 0.9, 0.5, -0.2, 0.4]), []
+
+    def sample(captions, seeds, options, photos):
+        assert (captions, options, photos) == (["a", "b"], "options", None)
+        drawn.extend(seeds)
+        return SimpleNamespace(image=torch.tensor(seeds)[:, None, None, None].expand(-1, 3, 2, 2),
+                               text_embed=torch.tensor([[1.0, 0.0]] * len(seeds)))
+
+    def embed_images(image):
+        angle = angles[image[:, 0, 0, 0]]
+        return torch.stack([angle.cos(), angle.sin()], 1)
+    pipeline = SimpleNamespace(sample=sample, embed_images=embed_images)
+    best = draw_best(pipeline, ["a", "b"], range(2), "options", None, 3)
+    assert best.shape == (2, 3, 2, 2) and best[:, 0, 0, 0].tolist() == [1, 4]
+    assert sorted(drawn) == list(range(6))
