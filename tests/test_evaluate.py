@@ -120,7 +120,7 @@ def test_another_call_renders_nothing_and_other_settings_are_refused(evaluated, 
     again = json.loads((evaluated.out / "evaluation.json").read_text())["metrics"]
     assert again == {name: pytest.approx(value, abs=1e-3) if "train" in name else value
                      for name, value in found.items()}
-    for name, value in (("cond_scale", 3), ("seed", 1), ("lowres_noise_level", 0)):
+    for name, value in (("cond_scale", 3), ("seed", 1), ("lowres_noise_level", 1)):
         code, _, error = run_script(SCRIPT, *evaluated.flags, f"--{name}", value)
         assert code == 2 and error.startswith(f"error: --{name}: ") and error.count("\n") == 1
     assert list_times(evaluated.out) == evaluated.times[1]
