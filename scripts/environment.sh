@@ -28,7 +28,9 @@ need() {
             # an environment that was left half-made has no pip
             "$PY" -c "import pip" 2>/dev/null || "$PY" -m ensurepip >/dev/null 2>&1 ||
                 create_environment
-            set -- "$PY" -m pip install -q --disable-pip-version-check -r "$requirements"
+            # pip would compile every module, for half a minute; Python compiles what it imports
+            set -- "$PY" -m pip install -q --no-compile --disable-pip-version-check \
+                -r "$requirements"
             "$@" || "$@" -c constraints.txt || stop "the packages of $requirements could not be" \
                 "installed (pip says why above); that needs a connection to the package index." \
                 "The same command resumes"

@@ -29,6 +29,12 @@ echo "$*" >>"$LOG"
 case "$*" in
     "-m pip"*) exit ${PIP_FAILS:-0} ;;
     *--judge*) echo "a table of attributes" ;;
+    *"--unet_number 1")
+        trap 'echo saved >>"$LOG"; exit 143' TERM
+        for _ in $(seq ${BASE_STAGE_SLEEPS:-0}); do sleep .1; done
+        echo "step 1000 of the base stage"
+        exit ${BASE_STAGE_FAILS:-0} ;;
+    train_prior.py*) [ -z "${PRIOR_FAILS:-}" ] || { sleep .5; exit $PRIOR_FAILS; } ;;
 esac
 """
 DEBIAN = "The virtual environment was not created successfully because ensurepip is not available."
@@ -88,14 +94,27 @@ def test_a_finished_quickstart_only_shows_what_is_there(sh, tmp_path):
 
     def list_commands(**variables):
         code, out, err, calls = sh("scripts/quickstart.sh", **variables)
-        assert (code, err) == (0, "")
+        assert code == 0 and ("step 1000 of the base stage" in err) == bool(calls)
         assert "a table of attributes\n" in out and f"{tmp_path}/out/from_text/index.html" in out
-        return [call.split()[0] for call in calls]
-    every = ["data/toy_coco.py", "train_clip.py", "train_prior.py", "train_decoder.py",
-             "test_dalle2.py", "test_dalle2.py", "data/toy_coco.py"]
+        return sorted(call.split()[0] for call in calls)  # some of them run side by side
+    every = sorted(["data/toy_coco.py", "train_clip.py", "train_prior.py", "train_decoder.py",
+                    "train_decoder.py", "test_dalle2.py", "test_dalle2.py", "data/toy_coco.py"])
     assert list_commands() == every
     assert list_commands() == []
     assert list_commands(SEED="1") == every  # of which the first refuses the folder
     assert list_commands() == every
     (tmp_path / "out" / "prior" / "prior.safetensors").rename(tmp_path / "elsewhere")
     assert list_commands() == every
+
+
+def test_a_quickstart_waits_for_the_stage_beside_and_stops_it_when_it_stops(sh, tmp_path):
+    sh(*NEED)
+    (tmp_path / "out").mkdir()
+    code, _, err, calls = sh("scripts/quickstart.sh", BASE_STAGE_SLEEPS="10")
+    assert code == 0 and "step 1000 of the base stage" in err
+    assert [call.split()[0] for call in calls[-3:]] == ["test_dalle2.py"] * 2 + ["data/toy_coco.py"]
+    (tmp_path / "out/finished").unlink()
+    code, _, _, calls = sh("scripts/quickstart.sh", BASE_STAGE_FAILS="7")
+    assert code == 7 and not any(call.startswith("test_dalle2.py") for call in calls)
+    code, _, _, calls = sh("scripts/quickstart.sh", PRIOR_FAILS="3", BASE_STAGE_SLEEPS="300")
+    assert code == 3 and calls[-1] == "saved"  # and was told so at once, or this would take 30 s
