@@ -29,7 +29,8 @@ beside() {
     : >"$log"
     "$@" >>"$log" 2>&1 &
     job=$!
-    trap 'kill "$job" 2>/dev/null || true; wait "$job" 2>/dev/null || true' EXIT
+    shown=
+    trap 'kill "$job" $shown 2>/dev/null || true; wait "$job" 2>/dev/null || true' EXIT
     trap 'exit 130' INT
 }
 
