@@ -5,7 +5,7 @@
 (b) stock: the networks of --preset in the same trainers, fp32, with cached embeddings; for the
     prior also with captions padded to 77 positions, which is the library's default;
 (c) ours: the same networks as in (b), trained by this project (`dalle2.tasks`); on a GPU also
-    without CUDA graphs (eager) and with torch.compile (compiled).
+    without CUDA graphs (eager) and with torch.compile (compiled), on a CPU also in bf16.
 
 All variants run in one process and take turns, a step each; medians over --rounds. The data are
 random numbers.
@@ -37,6 +37,7 @@ from benchmarks.common import (
     compute_medians,
     count_saved_bytes,
     describe_machine,
+    get_embed_dim,
     print_header,
     print_row,
     read_clock,
@@ -50,10 +51,10 @@ from dalle2.models import build_prior, build_unet
 from dalle2.tasks import PriorTask, UnetTask
 from dalle2.train_state import TrainState
 
-EMBED_DIM = 768       # of ViT-L/14
 CAPTION_TOKENS = 13   # the mean of COCO
 BATCH_SIZES = {"prior": 16, "unet1": 4, "unet2": 8}
 OURS = {"ours": {}, "eager": {"cuda_graphs": False}, "channels_last": {"channels_last": True},
+        "bf16": {"mixed_precision": "bf16"},
         "compiled": {"compile": True}}  # variants of (c), with what they change in TrainConfig
 
 
@@ -107,9 +108,9 @@ def main():
 
 def build_steps(args, name, batch_size, device, clip):
     """{variant: (compute gradients, update the weights)} of one network."""
-    preset, steps = PRESETS[args.preset], {}
+    preset, steps = args.preset, {}
     if "published" in args.variants:
-        steps["(a) published"] = build_stock_step(name, PRESETS["seed"], batch_size, device, clip)
+        steps["(a) published"] = build_stock_step(name, "seed", batch_size, device, clip)
     if "stock" in args.variants:
         if name == "prior":
             steps["(b) stock, 77 positions"] = build_stock_step(name, preset, batch_size, device,
@@ -120,28 +121,29 @@ def build_steps(args, name, batch_size, device, clip):
     return steps
 
 
-def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=None):
+def build_stock_step(name, preset_name, batch_size, device, clip=None, max_text_len=None):
     """The library's trainers; with `clip` they embed pictures and captions in every step."""
+    preset, embed_dim = PRESETS[preset_name], get_embed_dim(preset_name)
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="no")
     image = torch.rand(batch_size, 3, 256, 256, device=device)
-    image_embed = torch.randn(batch_size, EMBED_DIM, device=device)
+    image_embed = torch.randn(batch_size, embed_dim, device=device)
     if name == "prior":
         config = preset.prior
         config = replace(config, max_text_len=max_text_len or config.max_text_len)
-        network = restore_modules(build_prior(config, EMBED_DIM))
+        network = restore_modules(build_prior(config, embed_dim))
         trainer = DiffusionPriorTrainer(
-            DiffusionPrior(network, clip=clip, image_embed_dim=EMBED_DIM, cond_drop_prob=0.1),
+            DiffusionPrior(network, clip=clip, image_embed_dim=embed_dim, cond_drop_prob=0.1),
             accelerator=accelerator, lr=1e-4, wd=1e-2, max_grad_norm=1.0)
         tokens = torch.zeros(batch_size, 77, dtype=torch.long, device=device)
         tokens[:, :CAPTION_TOKENS] = 1000
-        encodings = draw_encodings(batch_size, config.max_text_len).to(device)
+        encodings = draw_encodings(batch_size, config.max_text_len, embed_dim).to(device)
         # a clone: the library scales its input in place
         inputs = (lambda: dict(text=tokens, image=image)) if clip else (lambda: dict(
             text_embed=image_embed, image_embed=image_embed.clone(), text_encodings=encodings))
         return lambda: trainer(**inputs()), trainer.update
     number, configs = int(name[-1]), preset.decoder.unets
-    unets = tuple(restore_modules(build_unet(config, n, EMBED_DIM))
+    unets = tuple(restore_modules(build_unet(config, n, embed_dim))
                   for n, config in enumerate(configs, start=1))
     decoder = Decoder(unets, clip=clip, image_sizes=tuple(c.image_size for c in configs),
                       random_crop_sizes=tuple(c.crop_size or None for c in configs),
@@ -157,19 +159,21 @@ def build_stock_step(name, preset, batch_size, device, clip=None, max_text_len=N
             lambda: trainer.update(unet_number=number))
 
 
-def build_our_step(name, preset, batch_size, device, options):
+def build_our_step(name, preset_name, batch_size, device, options):
+    preset, embed_dim = PRESETS[preset_name], get_embed_dim(preset_name)
     AcceleratorState._reset_state()
-    accelerator = cli.build_accelerator("auto")
-    image_embed = torch.randn(batch_size, EMBED_DIM)
+    accelerator = cli.build_accelerator(options.get("mixed_precision", "auto"))
+    image_embed = torch.randn(batch_size, embed_dim)
     if name == "prior":
         config = preset.prior
-        module, task = build_prior(config, EMBED_DIM), PriorTask(config, accelerator)
+        module, task = build_prior(config, embed_dim), PriorTask(config, accelerator)
+        encodings = draw_encodings(batch_size, config.max_text_len, embed_dim)
         batch = {"image_embed": image_embed, "text_embed": image_embed,
-                 "text_encodings": draw_encodings(batch_size, config.max_text_len).half()}
+                 "text_encodings": encodings.half()}
     else:
         number = int(name[-1])
         config = preset.decoder.unets[number - 1]
-        module = build_unet(config, number, EMBED_DIM)
+        module = build_unet(config, number, embed_dim)
         task = UnetTask(number, preset.decoder, accelerator)
         batch = {"image": draw_pictures(batch_size, task.crop_size)}
         batch |= {"image_embed": image_embed} if number == 1 else {
@@ -181,10 +185,10 @@ def build_our_step(name, preset, batch_size, device, options):
             lambda: state.update_weights(1, lr_factor=1.0))
 
 
-def draw_encodings(batch_size, max_text_len):
+def draw_encodings(batch_size, max_text_len, embed_dim):
     """(B, L, D), zero after a caption's end."""
-    encodings = torch.zeros(batch_size, max_text_len, EMBED_DIM)
-    encodings[:, :CAPTION_TOKENS] = torch.randn(batch_size, CAPTION_TOKENS, EMBED_DIM)
+    encodings = torch.zeros(batch_size, max_text_len, embed_dim)
+    encodings[:, :CAPTION_TOKENS] = torch.randn(batch_size, CAPTION_TOKENS, embed_dim)
     return encodings
 
 

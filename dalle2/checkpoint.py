@@ -62,8 +62,10 @@ def load_newest_checkpoint(folder):
 def save_export(path, kind, header, state):
     """Writes `state` {name: tensor} with `header` (JSON) into a safetensors file."""
     metadata = {HEADER_KEY: json.dumps({"kind": kind, **header})}
-    # clones: safetensors refuses tensors that share memory, as the layers of the prior do theirs
-    state = {name: value.detach().cpu().clone() for name, value in state.items()}
+    # clones: safetensors refuses tensors that share memory, as the layers of the prior do theirs,
+    # and those whose channels are innermost
+    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+             for name, value in state.items()}
     replace_file(path, lambda part: save_file(state, part, metadata))
 
 
