@@ -15,6 +15,7 @@ from test_train_loop import CONFIG, run_training
 
 from dalle2 import cli
 from dalle2 import config as kinds
+from dalle2.checkpoint import save_export
 from dalle2.clip import build_clip
 from dalle2.config import (
     PRESETS,
@@ -140,8 +141,9 @@ def test_training(field, tmp_path, seen):
         assert_changes(seen, "train", run, config, replace(config, **{field: TRAIN[field]}))
 
 
-def test_channels_last(store):
-    """Kernels lie with their channels innermost; the loss stays what it was."""
+def test_channels_last(store, tmp_path):
+    """Kernels lie with their channels innermost, also when they are exported; the loss stays what
+    it was."""
     task, losses = UnetTask(1, TOY.decoder, Accelerator(cpu=True), store), []
     for channels_last in (False, True):
         torch.manual_seed(0)
@@ -153,6 +155,7 @@ def test_channels_last(store):
                    for p in kernels)
         batch = task.load(store, np.arange(2), BatchRandom("data", batch_size=2))
         losses.append(state.compute_gradients(0, batch, task.loss).item())
+        save_export(tmp_path / "unet.safetensors", "decoder", {}, state.collect_average())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
