@@ -99,6 +99,8 @@ def parse_args():
     parser.add_argument("--lowres_noise_level", type=cli.at_least(0), help="None: likewise")
     parser.add_argument("--sample_timesteps", nargs="+", type=cli.at_least(1),
                         help="of prior and stages; None: what the checkpoint says")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no",
+                        help="of the networks in the part `chain`")
     for split in ("train", "val"):
         parser.add_argument(f"--{split}_img_path", required=split == "val")
         parser.add_argument(f"--{split}_annot_path", required=split == "val")
@@ -327,7 +329,8 @@ def measure_chain(args, data):
     rows = {"photos": {"pairs": summarize(judge.compute_pairs(real, vectors))}}
     pipeline = load_pipeline(SimpleNamespace(
         prior_ckpt=run / "prior" / "prior.safetensors", clip_model=None, clip_pretrained=None,
-        decoder_ckpt=run / "decoder" / "decoder.safetensors", compile=False), cli.pick_device())
+        decoder_ckpt=run / "decoder" / "decoder.safetensors", compile=False), cli.pick_device(),
+        args.mixed_precision)
     options = pipeline.resolve_options(cond_scale=args.cond_scale,
                                        sample_timesteps=args.sample_timesteps,
                                        lowres_noise_level=args.lowres_noise_level)
@@ -352,8 +355,9 @@ def measure_chain(args, data):
 
 def draw_best(pipeline, captions, seeds, options, photos, count):
     """(B, 3, H, W): of `count` pictures of each caption the one with the best CLIP score."""
-    drawn = [pipeline.sample(captions, [seed * count + k for seed in seeds], options, photos)
-             for k in range(count)]
+    with pipeline.use_precision():
+        drawn = [pipeline.sample(captions, [seed * count + k for seed in seeds], options, photos)
+                 for k in range(count)]
     scores = torch.stack([(pipeline.embed_images(sample.image) * sample.text_embed).sum(1)
                           for sample in drawn])                               # (count, B)
     return torch.stack([sample.image for sample in drawn])[scores.argmax(0), range(len(captions))]
