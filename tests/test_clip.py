@@ -203,6 +203,23 @@ def test_an_image_tower_of_timm_is_trained_or_left_as_it_is_and_exported(tmp_pat
     torch.testing.assert_close(clip.embed_image(pictures), wanted)
 
 
+def test_a_locked_tower_computes_what_timms_own_network_does_while_it_trains(tmp_path):
+    tower = timm.create_model("test_efficientnet", num_classes=0).eval()
+    for name, value in tower.state_dict().items():
+        if "running" in name or ".bn" in name:
+            value.copy_(torch.rand(value.shape) + 0.5)
+    module = build_clip(replace(TOY.clip, vision_timm="test_efficientnet", lock_vision=True))
+    module.visual.trunk.load_state_dict({name: tower.state_dict()[name]
+                                         for name in module.visual.trunk.state_dict()})
+    image = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(module.train().visual.trunk(image), tower(image))
+    kept = []
+    module.visual.trunk.bn1.register_forward_hook(lambda *args: kept.append(args[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        module.visual.trunk(image)
+    assert kept == [torch.bfloat16]  # timm's frozen norm gives fp32
+
+
 def test_a_tower_that_timm_lacks_and_weights_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(UserError, match="vision_timm: timm has no such network .*: nonsense"):
         build_clip(replace(TOY.clip, vision_timm="nonsense"))
