@@ -5,6 +5,10 @@
 # `need FILE...` installs requirements files that have changed since they were last installed; where
 # that fails, with the versions of constraints.txt. `need_space GB FOLDER` stops where the disk of
 # FOLDER has less. Both say in one line what is wrong and what to do.
+#
+# On a CPU two commands side by side, each with half of the cores (`halve_threads`), do more than one
+# after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `join` shows how
+# it goes on and waits for it. Where the script stops before, the command is told to save and stop.
 set -eu
 
 if [ -z "${VENV:-}" ]; then
@@ -56,6 +60,33 @@ create_environment() {
             *) stop "$python -m venv $VENV failed: $(echo "$said" | tail -n 1)" ;;
         esac
     fi
+}
+
+halve_threads() {
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
+}
+
+beside() {
+    log=$1
+    shift
+    : >"$log"
+    "$@" >>"$log" 2>&1 &
+    job=$!
+    shown=
+    trap 'kill "$job" $shown 2>/dev/null || true; wait "$job" 2>/dev/null || true' EXIT
+    trap 'exit 130' INT
+}
+
+join() {
+    tail -n 1 -f "$log" >&2 &
+    shown=$!
+    code=0
+    wait "$job" || code=$?
+    kill "$shown" 2>/dev/null || true
+    printf '\r%s\n' "$(tr '\r' '\n' <"$log" | tail -n 1)" >&2
+    trap - EXIT
+    [ "$code" = 0 ] || exit "$code"
 }
 
 need_space() {

@@ -24,10 +24,17 @@ set -- --preset photo --num_views 8 --store_dir "$out/store" --num_val_images 51
     --train_img_path "$(images train)" --train_annot_path "$data/annotations/captions_train.json" \
     --val_img_path "$(images val)" --val_annot_path "$data/annotations/captions_val.json"
 # shellcheck disable=SC2086  # several flags, or none
-"$PY" train_clip.py "$@" ${CLIP_FLAGS:-} --output_dir "$out/clip"
-set -- "$@" --clip_pretrained "$out/clip/clip.safetensors"
-"$PY" train_prior.py "$@" --output_dir "$out/prior"
-"$PY" train_decoder.py "$@" --output_dir "$out/decoder" --prior_ckpt "$out/prior/prior.safetensors"
+"$PY" train_clip.py "$@" ${FLAGS:-} ${CLIP_FLAGS:-} --output_dir "$out/clip"
+# shellcheck disable=SC2086
+set -- "$@" ${FLAGS:-} --clip_pretrained "$out/clip/clip.safetensors"
+(
+    halve_threads
+    echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
+    beside "$out/unet1.log" "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 1
+    "$PY" train_prior.py "$@" --output_dir "$out/prior"
+    "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 2
+    join
+)
 "$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 24 \
     --test_annot_path "$data/annotations/captions_val.json" --output_dir "$out/rendered" \
     --prior_ckpt "$out/prior/prior.safetensors" --decoder_ckpt "$out/decoder/decoder.safetensors"

@@ -20,31 +20,6 @@ stage() {
     printf '\n=== %s  [minute %d; all stages take about 15 on two cores]\n' "$1" "$elapsed"
 }
 
-# Two commands side by side, each with half of the cores, do more than one after the other with all.
-# `beside LOG COMMAND...` starts one that writes to LOG; `join` shows how it goes on and waits for
-# it. Where the script stops before, the command is told to save and stop.
-beside() {
-    log=$1
-    shift
-    : >"$log"
-    "$@" >>"$log" 2>&1 &
-    job=$!
-    shown=
-    trap 'kill "$job" $shown 2>/dev/null || true; wait "$job" 2>/dev/null || true' EXIT
-    trap 'exit 130' INT
-}
-
-join() {
-    tail -n 1 -f "$log" >&2 &
-    shown=$!
-    code=0
-    wait "$job" || code=$?
-    kill "$shown" 2>/dev/null || true
-    printf '\r%s\n' "$(tr '\r' '\n' <"$log" | tail -n 1)" >&2
-    trap - EXIT
-    [ "$code" = 0 ] || exit "$code"
-}
-
 show() {
     cat "$out/attributes.txt"
     printf '\nThe pictures: %s/from_text/index.html (open it in a browser)\n' "$out"
@@ -77,9 +52,7 @@ stage "3/6 CLIP: pictures and captions -> one embedding space"
 "$PY" train_clip.py "$@" --output_dir "$out/clip"
 set -- "$@" --clip_pretrained "$out/clip/clip.safetensors"
 
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
-
+halve_threads
 stage "4/6 prior, caption -> image embedding; decoder, image embedding -> 32 px -> 256 px"
 echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
 beside "$out/unet1.log" "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 1

@@ -107,14 +107,17 @@ def test_a_finished_quickstart_only_shows_what_is_there(sh, tmp_path):
     assert list_commands() == every
 
 
-def test_a_quickstart_waits_for_the_stage_beside_and_stops_it_when_it_stops(sh, tmp_path):
+@pytest.mark.parametrize("script, last", [
+    ("scripts/quickstart.sh", ["test_dalle2.py"] * 2 + ["data/toy_coco.py"]),
+    ("scripts/photos.sh", ["train_decoder.py", "test_dalle2.py"])])
+def test_a_script_waits_for_the_stage_beside_and_stops_it_when_it_stops(sh, tmp_path, script, last):
     sh(*NEED)
     (tmp_path / "out").mkdir()
-    code, _, err, calls = sh("scripts/quickstart.sh", BASE_STAGE_SLEEPS="10")
+    code, _, err, calls = sh(script, BASE_STAGE_SLEEPS="10")
     assert code == 0 and "step 1000 of the base stage" in err
-    assert [call.split()[0] for call in calls[-3:]] == ["test_dalle2.py"] * 2 + ["data/toy_coco.py"]
-    (tmp_path / "out/finished").unlink()
-    code, _, _, calls = sh("scripts/quickstart.sh", BASE_STAGE_FAILS="7")
+    assert [call.split()[0] for call in calls[-len(last):]] == last
+    (tmp_path / "out/finished").unlink(missing_ok=True)
+    code, _, _, calls = sh(script, BASE_STAGE_FAILS="7")
     assert code == 7 and not any(call.startswith("test_dalle2.py") for call in calls)
-    code, _, _, calls = sh("scripts/quickstart.sh", PRIOR_FAILS="3", BASE_STAGE_SLEEPS="300")
+    code, _, _, calls = sh(script, PRIOR_FAILS="3", BASE_STAGE_SLEEPS="300")
     assert code == 3 and calls[-1] == "saved"  # and was told so at once, or this would take 30 s
