@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import torch
 import toy_coco
 from helpers import ROOT, name_data, run_script, write_clip
 
@@ -18,6 +19,7 @@ def run_at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     yield
     gc.unfreeze()  # cli.import_late is for a process that runs one script
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

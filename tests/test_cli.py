@@ -159,3 +159,11 @@ def test_an_entry_script_ends_its_launch(tmp_path):
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def test_tiny_numbers_become_zero_where_a_script_computes():
+    tiny = torch.full((1,), 1e-39)
+    assert (tiny * 0.5).item() > 0
+    with cli.import_late():
+        assert (tiny * 0.5).item() == 0
+    assert (tiny * 0.5).item() == 0
