@@ -1,7 +1,6 @@
 #!/bin/sh
 # One change at a time to the first stage of preset photo, the same steps for each: error of the
-# x_start estimate on held-out photos at ten log-SNRs, as one table. NETWORK: the network's flags;
-# without it one of 4.1 M parameters, which learns in minutes.
+# x_start estimate on held-out photos at ten log-SNRs, as one table.
 #   DATA=data/flickr8k OUT=output/photos STEPS=600 SEEDS="0 1" sh benchmarks/photo_ablations.sh
 # DATA and OUT are those of scripts/photos.sh, which has trained a CLIP and prepared the store.
 # Time: about 12 minutes a row on one core. A row that is done is not trained again.
@@ -12,7 +11,6 @@ cd "$(dirname "$0")/.."
 data=${DATA:-data/flickr8k}
 out=${OUT:-output/photos}
 steps=${STEPS:-600}
-network=${NETWORK:---dim 16 --dim_mults 2 3 4 8 8 --self_attn false false false false false}
 images() {
     if [ -d "$data/$1" ]; then echo "$data/$1"; else echo "$data/images"; fi
 }
@@ -26,14 +24,12 @@ row() {
         [ ! -f "$run/measures.json" ] || continue
         mkdir -p "$run"
         ln -sfn "$(cd "$out/clip" && pwd)" "$run/clip"
-        # shellcheck disable=SC2086  # several flags
         "$PY" train_decoder.py --preset photo --num_views 8 --store_dir "$out/store" \
             --train_img_path "$(images train)" --val_img_path "$(images val)" \
             --train_annot_path "$data/annotations/captions_train.json" \
             --val_annot_path "$data/annotations/captions_val.json" --log_with none \
             --clip_pretrained "$out/clip/clip.safetensors" --output_dir "$run/decoder" \
-            --unet_number 1 --num_steps "$steps" --validate_every "$steps" --seed "$seed" \
-            $network "$@"
+            --unet_number 1 --num_steps "$steps" --validate_every "$steps" --seed "$seed" "$@"
         "$PY" -m benchmarks.photo_measures --run_dir "$run" --parts stages \
             --val_img_path "$(images val)" \
             --val_annot_path "$data/annotations/captions_val.json" >"$run/measures.txt"
