@@ -1,8 +1,9 @@
 """Scores: of validation, and of rendered pictures, against their definitions written out."""
 
-from types import SimpleNamespace
+from types import contextlib
 
 import pytest
+import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
@@ -140,7 +141,8 @@ def test_of_several_pictures_of_a_caption_the_best_by_clip_score_is_kept():
     def embed_images(image):
         angle = angles[image[:, 0, 0, 0]]
         return torch.stack([angle.cos(), angle.sin()], 1)
-    pipeline = SimpleNamespace(sample=sample, embed_images=embed_images)
+    pipeline = SimpleNamespace(sample=sample, embed_images=embed_images,
+                               use_precision=contextlib.nullcontext)
     best = draw_best(pipeline, ["a", "b"], range(2), "options", None, 3)
     assert best.shape == (2, 3, 2, 2) and best[:, 0, 0, 0].tolist() == [1, 4]
     assert sorted(drawn) == list(range(6))
