@@ -1,9 +1,9 @@
 """Scores: of validation, and of rendered pictures, against their definitions written out."""
 
-from types import contextlib
+import contextlib
+from types import SimpleNamespace
 
 import pytest
-import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
