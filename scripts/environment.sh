@@ -6,8 +6,8 @@
 # that fails, with the versions of constraints.txt. `need_space GB FOLDER` stops where the disk of
 # FOLDER has less. Both say in one line what is wrong and what to do.
 #
-# On a CPU two commands side by side, each with half of the cores (`halve_threads`), do more than one
-# after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `join` shows how
+# On a CPU two commands side by side, each with half of the cores (`halve_threads`), do more than
+# one after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `join` shows how
 # it goes on and waits for it. Where the script stops before, the command is told to save and stop.
 set -eu
 
