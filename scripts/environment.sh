@@ -7,8 +7,9 @@
 # FOLDER has less. Both say in one line what is wrong and what to do.
 #
 # On a CPU two commands side by side, each with half of the cores (`halve_threads`), do more than
-# one after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `join` shows how
-# it goes on and waits for it. Where the script stops before, the command is told to save and stop.
+# one after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `join` shows
+# how it goes on and waits for it. Where the script stops before, the command is told to save and
+# stop.
 set -eu
 
 if [ -z "${VENV:-}" ]; then
