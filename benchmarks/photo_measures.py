@@ -12,7 +12,8 @@ error, and writes them to measures.json there:
 - prior: cosine to the photo's embedding and retrieval, beside the text embedding itself.
 - stages: mean squared error of the estimate of x_start, pixels in [-1, 1], at ten half log-SNRs; of
   a later stage also the PSNR to the photo of what it draws from the photo made small, beside that
-  of bicubic enlargement.
+  of bicubic enlargement. And which share of a pixel shuffle's values, at each size that it enlarges
+  to, SiLU makes 0: where that is 1, all that is computed at smaller sizes has no effect.
 - samples: what the first stage draws from the photos' own embeddings; KID and CMMD to the photos
   made as small, and the pairs of the next part.
 - chain: every held-out caption rendered; how often a picture agrees more with its own caption than
@@ -25,12 +26,14 @@ error, and writes them to measures.json there:
 
 import hashlib
 import json
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dalle2_pytorch.dalle2_pytorch import PixelShuffleUpsample
 from tqdm import tqdm
 
 from dalle2 import cli
@@ -57,6 +60,7 @@ from dalle2.tools.metrics import compute_cmmd, compute_fid_kid
 PARTS = "clip", "prior", "stages", "samples", "chain"
 SOURCES = "text", "true embeddings"
 LOG_SNRS = tuple(range(-5, 5))  # log(alpha / sigma)
+CLOSED = -10.0    # SiLU makes -0.0005 of it
 RIDGE = 1000.0    # of standardized features
 JUDGE_SIZE = 224  # what EfficientNet-Lite0 was trained on, pixels
 BATCH_SIZE = 16
@@ -192,6 +196,7 @@ def measure_stages(args, data):
         rows[f"x_start error, {size} px"] = {
             f"{log_snr:+d}": summarize(compute_x_start_error(
                 unet, configs[number], image, condition, log_snr)) for log_snr in LOG_SNRS}
+        rows[f"closed, {size} px"] = compute_closed(unet, configs[number], image, condition)
         if number > 1:
             stage = build_stages([None] * (number - 1) + [unet],
                                  [None] * (number - 1) + [configs[number]])[-1]
@@ -225,6 +230,21 @@ def compute_x_start_error(unet, config, image, condition, log_snr):
         estimate = denoise(level.alpha * x_start + level.sigma * noise, level)
         return (estimate - x_start).square().flatten(1).mean(1)
     return in_batches(compute, image, noise, *condition.values())
+
+
+def compute_closed(unet, config, image, condition):
+    """{"to H px": [mean, standard error]} of the share of each pixel shuffle's values that are
+    below CLOSED, for image (N, 3, H, W) as noisy as it is clear."""
+    shares = defaultdict(list)
+
+    def note(layer, inputs, output):  # (B, 4 C, h, w), before SiLU and the shuffle
+        shares[f"to {2 * output.shape[-1]} px"].append((output < CLOSED).double().mean((1, 2, 3)))
+    hooks = [module.net[0].register_forward_hook(note) for module in unet.modules()
+             if isinstance(module, PixelShuffleUpsample)]
+    compute_x_start_error(unet, config, image, condition, log_snr=0)
+    for hook in hooks:
+        hook.remove()
+    return {name: summarize(torch.cat(parts)) for name, parts in shares.items()}
 
 
 # ----------------------------------------------------------------------------------------------

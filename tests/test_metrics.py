@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_network
 
-from benchmarks.photo_measures import draw_best
+from benchmarks.photo_measures import compute_closed, draw_best
+from dalle2.config import PRESETS
 from dalle2.tools import metrics
 from dalle2.tools.metrics import (
     compute_cmmd,
@@ -146,3 +148,14 @@ def test_of_several_pictures_of_a_caption_the_best_by_clip_score_is_kept():
     best = draw_best(pipeline, ["a", "b"], range(2), "options", None, 3)
     assert best.shape == (2, 3, 2, 2) and best[:, 0, 0, 0].tolist() == [1, 4]
     assert sorted(drawn) == list(range(6))
+
+
+def test_a_pixel_shuffle_whose_values_silu_makes_0_is_closed():
+    unet, args, kwargs = make_network("unet1")
+    config = PRESETS["toy"].decoder.unets[0]
+    condition = {"image_embed": kwargs["image_embed"]}
+    before = compute_closed(unet, config, args[0], condition)
+    assert {name: round(share, 2) for name, (share, _) in before.items()} == {
+        "to 4 px": 0, "to 8 px": 0, "to 16 px": 0, "to 32 px": 0}
+    unet.ups[1][3].net[0].bias.data.fill_(-1000.0)
+    assert compute_closed(unet, config, args[0], condition)["to 8 px"] == [1, 0]
