@@ -5,6 +5,9 @@ nearest orthogonal one, so that every direction is learned at the same rate. `to
 takes matrices only; this one takes convolution kernels as well, as (out, in * height * width), and
 it orthogonalizes in the small Gram matrix and matrices of one shape together: on two CPU cores
 43 ms instead of 78 for the toy preset's base stage.
+
+In a U-Net it needs weight decay: without it the maps of the deep levels grow until nothing passes
+from them to the upper ones (docs/results.md, "Weight decay keeps ..").
 """
 
 from collections import defaultdict

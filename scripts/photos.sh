@@ -6,7 +6,8 @@
 # pictures in train/ and val/, or all of them in images/. OUT=output/photos is where it writes.
 # FLAGS: more flags of every training, such as "--mixed_precision bf16" on a CPU with AMX.
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
-# --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights: it sees more.
+# --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
+# sees more.
 # Hardware: 2 CPU cores, 8 GB of memory. Disk, for 7,300 photos: 13 GB. Time: about 2 hours, not yet
 # measured in a row: on one core each CLIP took 19 minutes, the first stage 61, prior and upsampler
 # 27 and 23. The same command resumes.
