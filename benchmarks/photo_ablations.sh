@@ -1,6 +1,6 @@
 #!/bin/sh
-# One change at a time to the first stage of preset photo, the same steps for each: error of the
-# x_start estimate on held-out photos at ten log-SNRs, as one table.
+# One change at a time to the first stage of preset photo with a weight decay of .01, the same steps
+# for each: error of the x_start estimate on held-out photos at ten log-SNRs, as one table.
 #   DATA=data/flickr8k OUT=output/photos STEPS=600 SEEDS="0 1" sh benchmarks/photo_ablations.sh
 # DATA and OUT are those of scripts/photos.sh, which has trained a CLIP and prepared the store.
 # Time: about 12 minutes a row on one core. A row that is done is not trained again.
@@ -29,14 +29,16 @@ row() {
             --train_annot_path "$data/annotations/captions_train.json" \
             --val_annot_path "$data/annotations/captions_val.json" --log_with none \
             --clip_pretrained "$out/clip/clip.safetensors" --output_dir "$run/decoder" \
-            --unet_number 1 --num_steps "$steps" --validate_every "$steps" --seed "$seed" "$@"
+            --unet_number 1 --num_steps "$steps" --validate_every "$steps" --seed "$seed" \
+            --weight_decay 0.01 "$@"
         "$PY" -m benchmarks.photo_measures --run_dir "$run" --parts stages \
             --val_img_path "$(images val)" \
             --val_annot_path "$data/annotations/captions_val.json" >"$run/measures.txt"
     done
 }
 
-row preset
+row decay-0.01
+row decay-0.3 --weight_decay 0.3   # the preset
 row adamw-2e-3 --muon_lr 0 --lr 2e-3
 row adamw-5e-4 --muon_lr 0 --lr 5e-4
 row min-snr-5 --min_snr_gamma 5
