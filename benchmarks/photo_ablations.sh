@@ -38,7 +38,7 @@ row() {
 }
 
 row decay-0.01
-row decay-0.3 --weight_decay 0.3   # the preset
+row decay-0.1 --weight_decay 0.1   # the preset
 row adamw-2e-3 --muon_lr 0 --lr 2e-3
 row adamw-5e-4 --muon_lr 0 --lr 5e-4
 row min-snr-5 --min_snr_gamma 5

@@ -227,7 +227,7 @@ PRESETS = {
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        cond_dim=64, num_image_tokens=8, min_snr_gamma=0.0, cond_scale=3.0,
                        train=replace(_TOY_TRAIN, num_steps=4800, batch_size=32, lr=2e-3,
-                                     muon_lr=0.015, weight_decay=0.3, ema_decay=0.999,
+                                     muon_lr=0.015, weight_decay=0.1, ema_decay=0.999,
                                      save_every=400, validate_every=400)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
