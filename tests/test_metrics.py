@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_network
+from helpers import TOY, make_network
 
 from benchmarks.photo_measures import compute_closed, draw_best
-from dalle2.config import PRESETS
 from dalle2.tools import metrics
 from dalle2.tools.metrics import (
     compute_cmmd,
@@ -152,8 +151,7 @@ def test_of_several_pictures_of_a_caption_the_best_by_clip_score_is_kept():
 
 def test_a_pixel_shuffle_whose_values_silu_makes_0_is_closed():
     unet, args, kwargs = make_network("unet1")
-    config = PRESETS["toy"].decoder.unets[0]
-    condition = {"image_embed": kwargs["image_embed"]}
+    config, condition = TOY.decoder.unets[0], {"image_embed": kwargs["image_embed"]}
     before = compute_closed(unet, config, args[0], condition)
     assert {name: round(share, 2) for name, (share, _) in before.items()} == {
         "to 4 px": 0, "to 8 px": 0, "to 16 px": 0, "to 32 px": 0}
