@@ -4,6 +4,7 @@ Every process draws the numbers of the whole global batch and keeps its own rows
 sees the same noise on one device and on eight, and the ranks of one run see different noise.
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -17,10 +18,11 @@ def derive_seed(*parts):
 
 
 class BatchRandom:
-    """The random numbers of one step. `rows` is this process's slice of the global batch."""
+    """The random numbers of one step. `rows` is this process's slice of the global batch. drawn_on:
+    "cpu" for the same numbers on every device, where the default draws on `device` itself."""
 
-    def __init__(self, *key, batch_size, rows=slice(None), device="cpu"):
-        self.generator = torch.Generator(device).manual_seed(derive_seed(*key))
+    def __init__(self, *key, batch_size, rows=slice(None), device="cpu", drawn_on=None):
+        self.generator = torch.Generator(drawn_on or device).manual_seed(derive_seed(*key))
         self.batch_size, self.rows, self.device = batch_size, rows, device
 
     def randn(self, *shape):
@@ -33,12 +35,11 @@ class BatchRandom:
 
     def randint(self, high):
         """Uniform integers in [0, high), (rows,)."""
-        return torch.randint(high, (self.batch_size,), generator=self.generator,
-                             device=self.device)[self.rows]
+        return self._draw(functools.partial(torch.randint, high), ())
 
     def _draw(self, function, shape):
         return function((self.batch_size, *shape), generator=self.generator,
-                        device=self.device)[self.rows]
+                        device=self.generator.device)[self.rows].to(self.device)
 
 
 def draw_noise(seeds, shape, device="cpu", dtype=torch.float32):

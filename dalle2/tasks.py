@@ -71,7 +71,8 @@ class Task:
                 "data": {"annotations": self.train_store.digest[:16],
                          "num_images": len(self.train_store)}}
 
-    # ---- validation by the loss of a diffusion model: fixed pictures, noise and timesteps
+    # ---- validation by the loss of a diffusion model: fixed pictures, noise and timesteps, the
+    # same on every device; no condition is dropped, or a few such losses would outweigh all others
 
     @cached_property
     def fixed_t(self):
@@ -82,9 +83,9 @@ class Task:
         indexes, device = np.arange(self.num_val)[rows], self.accelerator.device
         key = dict(batch_size=len(indexes))
         batch = self.load(self.val_store, indexes, BatchRandom("validate", rows.start, **key))
-        batch["t"] = self.fixed_t[rows]
+        batch |= {"t": self.fixed_t[rows], "drop": torch.zeros(len(indexes))}
         return ({name: value.to(device) for name, value in batch.items()},
-                BatchRandom("validate", rows.start, device=device, **key))
+                BatchRandom("validate", rows.start, device=device, drawn_on="cpu", **key))
 
     def score(self, metrics):
         """What the weights that are used are chosen by, of what `validate` gave: the lowest."""
@@ -190,12 +191,14 @@ class PriorTask(Task):
 
     def loss(self, module, batch, random):
         """(B,) losses. batch: image_embed (B, D), text_embed (B, D), text_encodings (B, L, D), in
-        any precision, and t (B,) where it is not to be drawn. x_start is scaled to unit variance a
-        dimension; all of the text is dropped at once, the noised embedding never."""
+        any precision, and, where they are not to be drawn, t (B,) and drop (B,), 1 where the text
+        is dropped. x_start is scaled to unit variance a dimension; all of the text is dropped at
+        once, the noised embedding never."""
         image_embed = batch["image_embed"].float()                              # (B, D)
         t = batch["t"] if "t" in batch else random.randint(self.config.timesteps)
         noise = random.randn(image_embed.shape[1])
-        drop = (random.rand() < self.config.text_cond_drop_prob).float()        # (B,)
+        drop = batch["drop"] if "drop" in batch else (
+            random.rand() < self.config.text_cond_drop_prob).float()            # (B,)
         text = dict(text_embed=batch["text_embed"].float(), text_cond_drop_prob=drop,
                     text_encodings=batch["text_encodings"].float())
         return self.diffusion.loss(lambda x_t, t: module(x_t, t, **text),
@@ -316,9 +319,10 @@ class UnetTask(Task):
         return self.complete(batch, self.val_store), random
 
     def loss(self, module, batch, random):
-        """(B,) losses. batch: image (B, 3, h, w) uint8 and t (B,) where it is not to be drawn; with
-        image_embed (B, D) for the first stage; for a later one lowres_cond_img (B, 3, h', w')
-        uint8, the picture of the stage before, and corner (B, 2), where `image` is cut out."""
+        """(B,) losses. batch: image (B, 3, h, w) uint8; with image_embed (B, D) for the first
+        stage; for a later one lowres_cond_img (B, 3, h', w') uint8, the picture of the stage
+        before, and corner (B, 2), where `image` is cut out; and, where they are not to be drawn, t
+        (B,) and drop (B,), 1 where the embedding is dropped."""
         batch = self.complete(dict(batch), self.train_store)
         x_start = batch["image"].float() / 127.5 - 1
         shape = x_start.shape[1:]
@@ -331,7 +335,8 @@ class UnetTask(Task):
             lowres, level = noise_lowres(lowres, level, random.randn(*shape))
             condition = dict(lowres_cond_img=lowres, lowres_noise_level=level)
         else:
-            drop = (random.rand() < self.config.image_cond_drop_prob).float()   # (B,)
+            drop = batch["drop"] if "drop" in batch else (
+                random.rand() < self.config.image_cond_drop_prob).float()       # (B,)
             image_embed = batch["image_embed"].float()                          # (B, D)
             if self.config.image_embed_noise:
                 size = self.config.image_embed_noise / image_embed.shape[1] ** 0.5

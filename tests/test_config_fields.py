@@ -247,6 +247,25 @@ def test_the_upsampler_sees_the_place_that_it_draws(store):
     assert torch.nn.functional.cosine_similarity(*seen).min() > 0.5
 
 
+@pytest.mark.parametrize("name", ["prior", "unet1"])
+def test_validation_drops_no_condition(name, store):
+    """The loss of a dropped one is several times as large, and luck says how many there are."""
+    dropped = []
+
+    def spy(x_t, t, *, text_cond_drop_prob=None, image_cond_drop_prob=None, **condition):
+        dropped.append(image_cond_drop_prob if text_cond_drop_prob is None else text_cond_drop_prob)
+        return x_t
+    if name == "prior":
+        config = replace(TOY.prior, text_cond_drop_prob=0.9)
+        task = PriorTask(config, Accelerator(cpu=True), store, store)
+    else:
+        stage = replace(TOY.decoder.unets[0], image_cond_drop_prob=0.9)
+        task = UnetTask(1, replace(TOY.decoder, unets=(stage,)), Accelerator(cpu=True), store,
+                        store)
+    assert np.isfinite(task.validate(spy, brief=True)["val_loss"])
+    assert len(torch.cat(dropped)) == task.num_val and not torch.cat(dropped).any()
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_pictures_that_a_gpu_holds_give_the_batch_of_those_on_disk(number, monkeypatch):
     def draw():

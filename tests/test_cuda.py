@@ -7,6 +7,7 @@ import torch
 from helpers import make_network
 
 from dalle2.fast_modules import restore_modules
+from dalle2.rng import BatchRandom
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -37,3 +38,15 @@ def test_bf16_is_near_fp32_forward_and_backward(name, compiled):
     ours = [p.grad for p in network.parameters() if p.grad is not None]
     one, other = (torch.cat([g.flatten() for g in part]) for part in (ours, gradients))
     assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.99
+
+
+def test_what_the_cpu_draws_is_the_same_on_the_gpu():
+    """Validation draws so; training draws on the GPU, which has other numbers."""
+    cpu, same, other = (
+        BatchRandom(0, batch_size=8, rows=slice(2, 6), device=device, drawn_on=drawn_on)
+        for device, drawn_on in [("cpu", None), ("cuda", "cpu"), ("cuda", None)])
+    for random in (cpu, same, other):
+        random.found = random.randn(3), random.rand(2), random.randint(1000)
+    for wanted, found, unlike in zip(cpu.found, same.found, other.found):
+        assert found.is_cuda and torch.equal(found.cpu(), wanted)
+        assert not torch.equal(unlike.cpu(), wanted)
