@@ -176,11 +176,17 @@ def measure_prior(args, data):
 # stages of the decoder
 
 
+def load_unets(args):
+    """({unet_number: network}, {unet_number: UnetConfig}) of the run's decoder."""
+    unets, configs, _ = load_decoder(Path(args.run_dir) / "decoder" / "decoder.safetensors")
+    return {number: unet.to(cli.pick_device()) for number, unet in unets.items()}, configs
+
+
 @torch.no_grad()
 def measure_stages(args, data):
-    unets, configs, _ = load_decoder(Path(args.run_dir) / "decoder" / "decoder.safetensors")
-    _, image_embed, _, _ = embed(args, data)
-    photos, image_embed = data.photos[:args.num_photos], image_embed[:args.num_photos]
+    unets, configs = load_unets(args)
+    image_embed = embed(args, data)[1][:args.num_photos]
+    photos = data.photos[:args.num_photos].to(image_embed.device)
     rows = {}
     for number, unet in unets.items():
         size = configs[number].image_size
@@ -192,7 +198,8 @@ def measure_stages(args, data):
             level = configs[number].lowres_noise_level if args.lowres_noise_level is None \
                 else args.lowres_noise_level
             condition = condition_upsampler(lowres, size, level,
-                                            draw_noise(range(len(image)), image.shape[1:]))
+                                            draw_noise(range(len(image)), image.shape[1:],
+                                                       image.device))
         rows[f"x_start error, {size} px"] = {
             f"{log_snr:+d}": summarize(compute_x_start_error(
                 unet, configs[number], image, condition, log_snr)) for log_snr in LOG_SNRS}
@@ -221,7 +228,7 @@ def compute_x_start_error(unet, config, image, condition, log_snr):
     t = float(np.interp(log_snr, table, np.arange(len(table))[::-1]))
     alpha = 1 / (1 + np.exp(-2 * log_snr)) ** 0.5
     level = Level(t, alpha, (1 - alpha ** 2) ** 0.5)
-    noise = draw_noise(range(len(image)), image.shape[1:])
+    noise = draw_noise(range(len(image)), image.shape[1:], image.device)
     names = list(condition)
 
     def compute(image, noise, *conditions):
@@ -326,13 +333,13 @@ def compare(judge, features, vectors, real):
 @torch.no_grad()
 def measure_samples(args, data):
     judge, image_embed = Judge(args), embed(args, data)[1][:args.num_photos]
-    unets, configs, _ = load_decoder(Path(args.run_dir) / "decoder" / "decoder.safetensors")
+    unets, configs = load_unets(args)
     stages, size = build_stages([unets[1]], [configs[1]]), configs[1].image_size
     options = SampleOptions(cond_scale=args.cond_scale, sample_timesteps=(
         args.sample_timesteps[-1] if args.sample_timesteps else None))
     image = torch.cat([sample_images(stages, rows, range(start, start + len(rows)), options)
                        for start, rows in zip(range(0, len(image_embed), BATCH_SIZE),
-                                              tqdm(image_embed.split(BATCH_SIZE)))])
+                                              tqdm(image_embed.split(BATCH_SIZE)))]).cpu()
     vectors = judge.embed_all(data.captions[:args.num_photos])
     real = judge.embed_images(in_batches(lambda photos: resize(photos.float() / 255, size),
                                          data.photos[:args.num_photos]))
@@ -365,7 +372,7 @@ def measure_chain(args, data):
             seeds = range(len(data.captions))[window]
             photos = data.photos[window] if name == "true embeddings" else None
             images.append(draw_best(pipeline, data.captions[window], seeds, options, photos,
-                                    args.samples_per_prompt))
+                                    args.samples_per_prompt).cpu())
         images = torch.cat(images)
         save_jpeg(arrange(images[:48]), run / f"from_{name.replace(' ', '_')}.jpg")
         best = f", best of {args.samples_per_prompt}" if args.samples_per_prompt > 1 else ""

@@ -253,7 +253,7 @@ PRESETS = {
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=64, dim=64, dim_mults=(1, 2, 3, 4),
                        self_attn=(False, True, True, True), cond_dim=128, num_image_tokens=8,
-                       min_snr_gamma=0.0, cond_scale=2.0,
+                       min_snr_gamma=0.0, cond_scale=3.0,
                        train=TrainConfig(num_steps=30_000, batch_size=512, lr=1e-3, muon_lr=0.015,
                                          warmup_steps=100, weight_decay=0.3, adam_beta2=0.99,
                                          ema_decay=0.999, save_every=500, validate_every=500,
