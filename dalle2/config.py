@@ -138,6 +138,9 @@ class UnetConfig:
     timesteps: int = setting(1000, most=10 ** 6, help="timesteps of the diffusion process")
     beta_schedule: str = setting("cosine", choices=("cosine", "linear"), help="noise schedule")
     min_snr_gamma: float = setting(5.0, least=0, help="loss weight of Hang et al. 2023; 0 is none")
+    last_timestep_share: float = setting(0.0, least=0, below=1, help="share of the rows trained at "
+                                         "the last timestep, where sampling begins; the others at "
+                                         "any (for a later stage that is drawn in one step)")
     image_cond_drop_prob: float = setting(0.1, least=0, below=1, help="share of the embeddings "
                                           "dropped in training, so that guidance works (first "
                                           "stage)")
@@ -210,7 +213,7 @@ PRESETS = {
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,
                        crop_size=64, lowres_noise_max_level=50, lowres_noise_level=0,
-                       sample_timesteps=1,
+                       last_timestep_share=0.5, sample_timesteps=1,
                        train=replace(_TOY_TRAIN, num_steps=600, batch_size=16, lr=2e-3,
                                      save_every=300, validate_every=600))))),
     # two CPU cores, hours: 64 -> 256 px on some thousand photographs
@@ -332,6 +335,16 @@ def _validate_value(item, value):
         raise UserError(f"{value!r:.20} must be at most {most}", item.name)
     if below is not None and value >= below:
         raise UserError(f"{value} must be below {below}", item.name)
+
+
+def get_default(name):
+    """The default of the field `name` of any config; None where it has none. A field that is added
+    later has what was done before as its default."""
+    for kind in (TrainConfig, ClipConfig, PriorConfig, UnetConfig):
+        for item in dataclasses.fields(kind):
+            if item.name == name and item.default is not MISSING:
+                return item.default
+    return None
 
 
 def config_to_dict(config):

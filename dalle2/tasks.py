@@ -326,7 +326,7 @@ class UnetTask(Task):
         batch = self.complete(dict(batch), self.train_store)
         x_start = batch["image"].float() / 127.5 - 1
         shape = x_start.shape[1:]
-        t = batch["t"] if "t" in batch else random.randint(self.config.timesteps)
+        t = batch["t"] if "t" in batch else self.draw_t(random)
         noise = random.randn(*shape)
         if self.lowres_size:
             lowres = resize(batch["lowres_cond_img"].float() / 255, self.config.image_size)
@@ -344,6 +344,13 @@ class UnetTask(Task):
                     image_embed + size * random.randn(image_embed.shape[1]), dim=-1)
             condition = dict(image_embed=image_embed, image_cond_drop_prob=drop)
         return self.diffusion.loss(lambda x_t, t: module(x_t, t, **condition), x_start, t, noise)
+
+    def draw_t(self, random):
+        """(B,) timesteps to train at."""
+        c, t = self.config, random.randint(self.config.timesteps)
+        if c.last_timestep_share:
+            t = torch.where(random.rand() < c.last_timestep_share, c.timesteps - 1, t)
+        return t
 
     # ---- sample pictures, where the stages before this one are trained
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from dalle2.config import get_default
 from dalle2.errors import UserError
 from dalle2.rng import BatchRandom
 from dalle2.run_folder import RunFolder
@@ -254,13 +255,15 @@ def compute_lr_factor(config, step):
 
 
 def check_same_run(saved, wanted, run_dir):
-    """Raises UserError naming the fields in which a checkpoint's header differs from this run's."""
+    """Raises UserError naming the fields in which a checkpoint's header differs from this run's. A
+    field that the code did not have when the run began counts as its default."""
     saved, wanted = flatten(saved), flatten(wanted)
-    differ = sorted(name for name in saved.keys() | wanted.keys()
-                    if saved.get(name) != wanted.get(name)
-                    and name.rsplit(".", 1)[-1] not in MAY_CHANGE)
+    field = {name: name.rsplit(".", 1)[-1] for name in saved.keys() | wanted.keys()}
+    before = {name: saved.get(name, get_default(field[name])) for name in field}
+    differ = sorted(name for name in field if before[name] != wanted.get(name)
+                    and field[name] not in MAY_CHANGE)
     if differ:
-        changes = "; ".join(f"{n}: {saved.get(n)} before, {wanted.get(n)} now" for n in differ[:4])
+        changes = "; ".join(f"{n}: {before[n]} before, {wanted.get(n)} now" for n in differ[:4])
         raise UserError(f"{run_dir} holds a run with other settings ({changes}); "
                         "choose another folder or the same settings", "output_dir")
 

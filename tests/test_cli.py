@@ -86,6 +86,16 @@ def test_a_run_is_not_resumed_on_another_data_set(tmp_path):
         check_same_run(before, other, tmp_path)
 
 
+def test_a_field_that_an_older_run_lacks_has_its_default(tmp_path):
+    now = {"config": config_to_dict(TOY.decoder.unets[0])}
+    before = {"config": {name: value for name, value in now["config"].items()
+                         if name != "last_timestep_share"}}
+    check_same_run(before, now, tmp_path)
+    changed = {"config": now["config"] | {"last_timestep_share": 0.5}}
+    with pytest.raises(UserError, match="config.last_timestep_share: 0.0 before, 0.5 now"):
+        check_same_run(before, changed, tmp_path)
+
+
 def test_rendering_refuses_the_wrong_checkpoint(run_script, clip_path, tmp_path):
     flags = write_checkpoints(tmp_path, clip_path)
     clip = read_export_header(tmp_path / "prior.safetensors", "prior")["clip"]

@@ -83,8 +83,8 @@ UNET = dict(image_size=16, dim=32, dim_mults=(2, 4), num_resnet_blocks=1,
             self_attn=(False, False, True, True), attn_heads=2, attn_dim_head=16,
             memory_efficient=False, cond_dim=32, num_image_tokens=3, init_conv_kernel_size=0,
             objective="v", timesteps=500, beta_schedule="cosine",
-            min_snr_gamma=5.0, image_cond_drop_prob=0.9, image_embed_noise=0.5,
-            sample_timesteps=3, cond_scale=3.0)
+            min_snr_gamma=5.0, last_timestep_share=0.9, image_cond_drop_prob=0.9,
+            image_embed_noise=0.5, sample_timesteps=3, cond_scale=3.0)
 UPSAMPLER = dict(crop_size=32, lowres_noise_max_level=10, lowres_noise_level=300)  # second stage
 
 
@@ -245,6 +245,14 @@ def test_the_upsampler_sees_the_place_that_it_draws(store):
     batch["t"] = torch.zeros(4, dtype=torch.long)  # hardly any noise
     task.loss(keep, batch, BatchRandom("noise", batch_size=4))
     assert torch.nn.functional.cosine_similarity(*seen).min() > 0.5
+
+
+def test_a_share_of_the_rows_is_trained_at_the_last_timestep(store):
+    stage = replace(TOY.decoder.unets[0], timesteps=500, last_timestep_share=0.75)
+    task = UnetTask(1, replace(TOY.decoder, unets=(stage,)), Accelerator(cpu=True), store)
+    t = task.draw_t(BatchRandom("t", batch_size=4000))
+    assert (t == 499).float().mean() == pytest.approx(0.75, abs=0.03)
+    assert t[t != 499].float().mean() == pytest.approx(250, abs=20)  # the others: anywhere
 
 
 @pytest.mark.parametrize("name", ["prior", "unet1"])
