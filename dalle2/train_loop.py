@@ -32,7 +32,8 @@ TRIAL_STEPS = 2        # in which several processes find out whether their rows 
 MAY_CHANGE = {  # what a resumed run may set otherwise
     "num_steps", "save_every", "save_minutes", "validate_every", "snapshot_every",
     "mixed_precision", "device_batch_size", "gradient_checkpointing", "channels_last", "compile",
-    "cuda_graphs", "fsdp"}
+    "cuda_graphs", "fsdp",
+    "sample_timesteps", "cond_scale", "num_candidates", "lowres_noise_level"}  # how it is sampled
 
 
 def train(

@@ -96,6 +96,15 @@ def test_a_field_that_an_older_run_lacks_has_its_default(tmp_path):
         check_same_run(before, changed, tmp_path)
 
 
+def test_a_resumed_run_may_be_sampled_otherwise(tmp_path):
+    def describe(**changes):
+        return {"config": config_to_dict(replace(TOY.prior, **changes))}
+    check_same_run(describe(), describe(cond_scale=9.0, sample_timesteps=7, num_candidates=5),
+                   tmp_path)
+    with pytest.raises(UserError, match="config.depth: 2 before, 3 now"):
+        check_same_run(describe(), describe(depth=3, cond_scale=9.0), tmp_path)
+
+
 def test_rendering_refuses_the_wrong_checkpoint(run_script, clip_path, tmp_path):
     flags = write_checkpoints(tmp_path, clip_path)
     clip = read_export_header(tmp_path / "prior.safetensors", "prior")["clip"]
