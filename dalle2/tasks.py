@@ -101,6 +101,11 @@ class Task:
         return summarize_by_quartile(losses, self.fixed_t, self.config.timesteps)
 
 
+def draw_drops(batch, random, share):
+    """(B,): 1 where the condition is dropped, a `share` of the rows; what the batch says if any."""
+    return batch["drop"] if "drop" in batch else (random.rand() < share).float()
+
+
 # ----------------------------------------------------------------------------------------------
 # CLIP
 
@@ -197,8 +202,7 @@ class PriorTask(Task):
         image_embed = batch["image_embed"].float()                              # (B, D)
         t = batch["t"] if "t" in batch else random.randint(self.config.timesteps)
         noise = random.randn(image_embed.shape[1])
-        drop = batch["drop"] if "drop" in batch else (
-            random.rand() < self.config.text_cond_drop_prob).float()            # (B,)
+        drop = draw_drops(batch, random, self.config.text_cond_drop_prob)       # (B,)
         text = dict(text_embed=batch["text_embed"].float(), text_cond_drop_prob=drop,
                     text_encodings=batch["text_encodings"].float())
         return self.diffusion.loss(lambda x_t, t: module(x_t, t, **text),
@@ -335,8 +339,7 @@ class UnetTask(Task):
             lowres, level = noise_lowres(lowres, level, random.randn(*shape))
             condition = dict(lowres_cond_img=lowres, lowres_noise_level=level)
         else:
-            drop = batch["drop"] if "drop" in batch else (
-                random.rand() < self.config.image_cond_drop_prob).float()       # (B,)
+            drop = draw_drops(batch, random, self.config.image_cond_drop_prob)  # (B,)
             image_embed = batch["image_embed"].float()                          # (B, D)
             if self.config.image_embed_noise:
                 size = self.config.image_embed_noise / image_embed.shape[1] ** 0.5
