@@ -357,17 +357,20 @@ def pick_device():
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def resolve_precision(mixed_precision):
+def resolve_precision(mixed_precision, training=False):
     """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a CUDA GPU that
-    computes in it, fp16 on one that only emulates it (before Ampere), "no" elsewhere. UserError on
-    fp16 without one."""
+    computes in it, fp16 on one that only emulates it (before Ampere); on a CPU bf16 for `training`
+    where it computes in it (AVX-512 BF16), so that pictures are the same on all of them; "no"
+    elsewhere. UserError on fp16 without a CUDA GPU."""
     import torch
-    has_cuda = pick_device().type == "cuda"
-    if mixed_precision == "fp16" and not has_cuda:
+    device = pick_device().type
+    if mixed_precision == "fp16" and device != "cuda":
         raise UserError("fp16 needs a CUDA GPU; give no or bf16", "mixed_precision")
     if mixed_precision != "auto":
         return mixed_precision
-    if not has_cuda:
+    if device == "cpu":
+        return "bf16" if training and torch.cpu._is_avx512_bf16_supported() else "no"
+    if device != "cuda":
         return "no"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
@@ -376,7 +379,7 @@ def build_accelerator(mixed_precision):
     """accelerate.Accelerator for the devices of this launch and `resolve_precision`."""
     import torch
     from accelerate import Accelerator, DistributedType
-    device, mixed_precision = pick_device(), resolve_precision(mixed_precision)
+    device, mixed_precision = pick_device(), resolve_precision(mixed_precision, training=True)
     if device.type == "mps":
         print("note: on Apple's GPU (mps) in fp32, which this project has not been tested on; "
               "ACCELERATE_USE_CPU=true takes the CPU", flush=True)

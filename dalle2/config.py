@@ -46,7 +46,7 @@ class TrainConfig:
                                "warmed up over the first steps")
     seed: int = setting(0, least=0, help="of weights, noise, timesteps, crops, captions and order")
     mixed_precision: str = setting("auto", choices=("auto", "no", "bf16", "fp16"), help="auto: "
-                                   "bf16 on a GPU that has it, fp16 on others, none on a CPU")
+                                   "bf16 on a GPU or CPU that computes in it, fp16 on other GPUs")
     channels_last: bool = setting(False, help="feature maps with channels innermost: worth a try "
                                   "on a GPU")
     compile: bool = setting(False, help="compile the network with torch.compile, which takes a "
@@ -198,17 +198,17 @@ PRESETS = {
         clip=_TOY_CLIP,
         prior=PriorConfig(depth=2, heads=4, dim_head=32, max_text_len=26, cond_scale=2.0,
                           beta_schedule="linear",
-                          train=replace(_TOY_TRAIN, num_steps=1600, save_every=800,
-                                        validate_every=800)),
+                          train=replace(_TOY_TRAIN, num_steps=2000, weight_decay=0.3,
+                                        save_every=1000, validate_every=1000)),
         decoder=DecoderConfig(unets=(
             UnetConfig(image_size=32, dim=16, dim_mults=(2, 4, 8, 8), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        cond_dim=64, num_image_tokens=8,
                        objective="x_start", beta_schedule="linear",
                        min_snr_gamma=0.0, sample_timesteps=10, cond_scale=1.5,
-                       train=replace(_TOY_TRAIN, num_steps=1000, batch_size=32, lr=2e-3,
-                                     muon_lr=0.015, weight_decay=0.3, save_every=250,
-                                     validate_every=500)),
+                       train=replace(_TOY_TRAIN, num_steps=1100, batch_size=32, lr=2e-3,
+                                     muon_lr=0.015, weight_decay=0.3, save_every=275,
+                                     validate_every=550)),
             UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
                        attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
                        objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,

@@ -279,6 +279,8 @@ class FastCausalTransformer(library.CausalTransformer):
             k, v = extend(before, attn, h, rotation)
             if kept is not None:
                 kept.append((k, v))
+                if len(kept) == len(layers):  # no more is asked for
+                    break
             x = attn.attend(h, k, v, bias, rotation) + x
             x = ff(x) + x
         return x, rotation, bias, prefix.keys_values[-1]

@@ -4,7 +4,7 @@
 #   DATA=data/flickr8k sh scripts/photos.sh
 # DATA holds annotations/captions_train.json and captions_val.json (COCO captions format) and their
 # pictures in train/ and val/, or all of them in images/. OUT=output/photos is where it writes.
-# FLAGS: more flags of every training, such as "--mixed_precision bf16" on a CPU with AMX.
+# FLAGS: more flags of every training, such as "--seed 1".
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
 # sees more.

@@ -157,6 +157,15 @@ def test_precision_is_what_the_gpu_computes_in(monkeypatch, capability, given, r
             cli.resolve_precision("fp16")
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_trains_in_bf16_if_it_computes_in_it_and_renders_in_fp32(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    assert cli.resolve_precision("auto", training=True) == ("bf16" if has_bf16 else "no")
+    assert cli.resolve_precision("auto") == cli.resolve_precision("no", training=True) == "no"
+
+
 def test_the_device_is_a_gpu_of_either_kind_unless_the_cpu_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)

@@ -100,7 +100,7 @@ def test_training_time_counts_rows_updates_and_devices(monkeypatch, capsys):
                                               ("fp16", torch.float16)])
 def test_a_step_is_timed_in_the_precision_of_training(monkeypatch, precision, dtype):
     """A card before Ampere trains in fp16: bf16, which it emulates, would be far slower."""
-    monkeypatch.setattr(doctor.cli, "resolve_precision", lambda given: precision)
+    monkeypatch.setattr(doctor.cli, "resolve_precision", lambda given, training: precision)
     monkeypatch.setattr(doctor, "REPEATS", 1)
     layer, seen = torch.nn.Linear(8, 8), set()
     layer.register_forward_hook(lambda layer, args, output: seen.add(output.dtype))

@@ -271,7 +271,7 @@ def time_step(network, train, draw_inputs, most):
     """(rows, seconds of a forward and backward pass of so many, seconds of an update). rows: the
     cheapest number for one row, at most `most`. train: TrainConfig."""
     device = next(network.parameters()).device
-    precision = cli.resolve_precision(train.mixed_precision)
+    precision = cli.resolve_precision(train.mixed_precision, training=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay))
     optimizers = build_optimizers(network, train)
