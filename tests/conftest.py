@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import toy_coco
+from accelerate.state import AcceleratorState
 from helpers import ROOT, name_data, run_script, write_clip
 
 CHROMIUM = "chromium", "chromium-browser", "google-chrome"
@@ -20,6 +21,7 @@ def run_at_root(monkeypatch):
     yield
     gc.unfreeze()  # cli.import_late is for a process that runs one script
     torch.set_flush_denormal(False)
+    AcceleratorState._reset_state()  # it keeps the precision of the first Accelerator
 
 
 @pytest.fixture(scope="session")

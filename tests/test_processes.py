@@ -104,7 +104,7 @@ def test_a_network_shared_out_trains_as_a_whole_one(tmp_path, data_flags, clip_p
     def run(folder, processes):
         out = finish(start("decoder", tmp_path / folder, data_flags, clip_path, "--unet_number", 2,
                            "--num_steps", 6, "--save_every", 3, "--validate_every", 2, "--fsdp",
-                           processes=processes))
+                           "--mixed_precision", "no", processes=processes))
         assert ("weights sharded" in out) == (processes == 2)
         return read_log(tmp_path / folder)
     whole = run("one", 1)
