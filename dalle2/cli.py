@@ -359,9 +359,9 @@ def pick_device():
 
 def resolve_precision(mixed_precision, training=False):
     """"no", "bf16" or "fp16" for what --mixed_precision says; "auto": bf16 on a CUDA GPU that
-    computes in it, fp16 on one that only emulates it (before Ampere); on a CPU bf16 for `training`
-    where it computes in it (AVX-512 BF16), so that pictures are the same on all of them; "no"
-    elsewhere. UserError on fp16 without a CUDA GPU."""
+    computes in it, fp16 on one that only emulates it (before Ampere); for `training` bf16 on a CPU
+    that computes in it (AVX-512 BF16), while rendering there stays in fp32; "no" elsewhere.
+    UserError on fp16 without a CUDA GPU."""
     import torch
     device = pick_device().type
     if mixed_precision == "fp16" and device != "cuda":
