@@ -369,7 +369,8 @@ def resolve_precision(mixed_precision, training=False):
     if mixed_precision != "auto":
         return mixed_precision
     if device == "cpu":
-        return "bf16" if training and torch.cpu._is_avx512_bf16_supported() else "no"
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # older torch: False
+        return "bf16" if training and has_bf16() else "no"
     if device != "cuda":
         return "no"
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"

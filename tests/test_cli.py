@@ -164,6 +164,8 @@ def test_a_cpu_trains_in_bf16_if_it_computes_in_it_and_renders_in_fp32(monkeypat
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     assert cli.resolve_precision("auto", training=True) == ("bf16" if has_bf16 else "no")
     assert cli.resolve_precision("auto") == cli.resolve_precision("no", training=True) == "no"
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # a private function of torch
+    assert cli.resolve_precision("auto", training=True) == "no"
 
 
 def test_the_device_is_a_gpu_of_either_kind_unless_the_cpu_is_asked_for(monkeypatch, capsys):
