@@ -7,9 +7,9 @@
 # FOLDER has less. Both say in one line what is wrong and what to do.
 #
 # On a CPU two commands side by side, each with half of the cores (`halve_threads`), do more than
-# one after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `join` shows
-# how it goes on and waits for it. Where the script stops before, the command is told to save and
-# stop.
+# one after the other with all. `beside LOG COMMAND...` starts one that writes to LOG; `check` stops
+# the script where that has failed; `join` shows how it goes on and waits for it. Where the script
+# stops before, the command is told to save and stop.
 set -eu
 
 if [ -z "${VENV:-}" ]; then
@@ -79,11 +79,17 @@ beside() {
     trap 'exit 130' INT
 }
 
+check() {
+    kill -0 "$job" 2>/dev/null || join
+}
+
 join() {
+    [ -n "$job" ] || return 0
     tail -n 1 -f "$log" >&2 &
     shown=$!
     code=0
     wait "$job" || code=$?
+    job=
     kill "$shown" 2>/dev/null || true
     printf '\r%s\n' "$(tr '\r' '\n' <"$log" | tail -n 1)" >&2
     trap - EXIT

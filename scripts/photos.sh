@@ -35,6 +35,7 @@ set -- "$@" ${FLAGS:-} --clip_pretrained "$out/clip/clip.safetensors"
     echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
     beside "$out/unet1.log" "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 1
     "$PY" train_prior.py "$@" --output_dir "$out/prior"
+    check
     "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 2
     join
 )
