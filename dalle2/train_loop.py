@@ -33,7 +33,8 @@ MAY_CHANGE = {  # what a resumed run may set otherwise
     "num_steps", "save_every", "save_minutes", "validate_every", "snapshot_every",
     "mixed_precision", "device_batch_size", "gradient_checkpointing", "channels_last", "compile",
     "cuda_graphs", "fsdp",
-    "sample_timesteps", "cond_scale", "num_candidates", "lowres_noise_level"}  # how it is sampled
+    "sample_timesteps", "cond_scale", "num_candidates", "lowres_noise_level",  # how it is sampled
+    "clip_pretrained", "relative_path"}  # where its CLIP lies; "fingerprint" says which one it is
 
 
 def train(

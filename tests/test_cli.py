@@ -86,6 +86,15 @@ def test_a_run_is_not_resumed_on_another_data_set(tmp_path):
         check_same_run(before, other, tmp_path)
 
 
+def test_a_run_that_was_moved_is_resumed_with_the_same_clip_only(tmp_path):
+    def describe(path, fingerprint):
+        return {"clip": {"clip_model": "toy", "clip_pretrained": path,
+                         "relative_path": f"../{path}", "fingerprint": fingerprint}}
+    check_same_run(describe("a/clip", "x"), describe("b/clip", "x"), tmp_path)
+    with pytest.raises(UserError, match="clip.fingerprint: x before, y now"):
+        check_same_run(describe("a/clip", "x"), describe("a/clip", "y"), tmp_path)
+
+
 def test_a_field_that_an_older_run_lacks_has_its_default(tmp_path):
     now = {"config": config_to_dict(TOY.decoder.unets[0])}
     before = {"config": {name: value for name, value in now["config"].items()
