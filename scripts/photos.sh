@@ -23,13 +23,15 @@ images() {
     if [ -d "$data/$1" ]; then echo "$data/$1"; else echo "$data/images"; fi
 }
 
-set -- --preset photo --num_views 8 --store_dir "$out/store" --num_val_images 512 \
+set -- --num_views 8 --store_dir "$out/store" --num_val_images 512 \
     --train_img_path "$(images train)" --train_annot_path "$data/annotations/captions_train.json" \
     --val_img_path "$(images val)" --val_annot_path "$data/annotations/captions_val.json"
 # shellcheck disable=SC2086  # several flags, or none
-"$PY" train_clip.py "$@" ${FLAGS:-} ${CLIP_FLAGS:-} --output_dir "$out/clip"
+"$PY" train_clip.py --preset photo "$@" ${FLAGS:-} ${CLIP_FLAGS:-} --output_dir "$out/clip"
+set -- "$@" --clip_pretrained "$out/clip/clip.safetensors"
+"$PY" data/coco_prepare.py "$@"  # embeds the photos with all cores; both trainings would wait
 # shellcheck disable=SC2086
-set -- "$@" ${FLAGS:-} --clip_pretrained "$out/clip/clip.safetensors"
+set -- --preset photo "$@" ${FLAGS:-}
 (
     halve_threads
     echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
