@@ -8,9 +8,8 @@
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
 # sees more.
-# Hardware: 2 CPU cores, 8 GB of memory. Disk, for 7,300 photos: 13 GB. Time: about 2 hours, not yet
-# measured in a row: on one core each CLIP took 19 minutes, the first stage 61, prior and upsampler
-# 27 and 23. The same command resumes.
+# Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 13 GB of disk and about 80 minutes on two
+# cores of an Intel Xeon with AMX (docs/results.md, "Photographs"). The same command resumes.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
