@@ -237,6 +237,36 @@ def build_tokenizer(context_length):
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
+class WordSwaps:
+    """Captions with two words swapped that could have been written so: every pair of neighbors in
+    them occurs in one of the captions `text_tokens` (M, L), integers. For a CLIP that learns from a
+    batch of random pictures it hardly matters which thing has which color; these make it matter
+    (Yuksekgonul et al. 2023, "When and why vision-language models behave like bags-of-words")."""
+
+    TRIES = 128  # random swaps, of which the first possible one is taken
+
+    def __init__(self, text_tokens):
+        self.pairs = self._pair(text_tokens.long()).unique()
+
+    def draw(self, text_tokens, is_word, random):
+        """(B, L) captions and (B,) 1.0 where a swap was found. text_tokens, is_word: (B, L)."""
+        self.pairs = self.pairs.to(text_tokens.device)
+        draw = random.rand(self.TRIES, text_tokens.shape[1]).masked_fill(~is_word[:, None], -1)
+        places = draw.topk(2).indices                                           # (B, TRIES, 2)
+        tokens = text_tokens[:, None].expand(-1, self.TRIES, -1)
+        swapped = tokens.scatter(2, places, tokens.gather(2, places.flip(2)))   # (B, TRIES, L)
+        pairs = self._pair(swapped)
+        near = torch.searchsorted(self.pairs, pairs).clamp(max=len(self.pairs) - 1)
+        possible = (self.pairs[near] == pairs).all(2) & (swapped != tokens).any(2)  # (B, TRIES)
+        first = possible.float().argmax(1)[:, None, None].expand(-1, 1, text_tokens.shape[1])
+        return swapped.gather(1, first).squeeze(1), possible.any(1).float()
+
+    @staticmethod
+    def _pair(tokens):
+        """A number for each token and its neighbor on the right, (..., L - 1)."""
+        return (tokens[..., :-1] << 16 | tokens[..., 1:]).contiguous()
+
+
 class ClipLoss(nn.Module):
     """Symmetric contrastive loss over the pairs of all processes (Radford et al. 2021, fig. 3)."""
 

@@ -88,6 +88,9 @@ class ClipConfig:
                                   "and saturation are changed there")
     word_dropout: float = setting(0.0, least=0, below=1, help="share of a caption's tokens that "
                                   "are blanked in training")
+    swap_weight: float = setting(0.0, least=0, help="weight of a second loss: a picture has to be "
+                                 "nearer to its caption than to the same one with two words "
+                                 "swapped, so that it matters which thing has which color")
     train: TrainConfig
 
 
@@ -195,7 +198,7 @@ _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, muon_lr=0.02, w
 PRESETS = {
     # two CPU cores, minutes: 32 -> 256 px on the embedded data set
     "toy": Preset(
-        clip=_TOY_CLIP,
+        clip=replace(_TOY_CLIP, swap_weight=2.0),
         prior=PriorConfig(depth=2, heads=4, dim_head=32, max_text_len=26, cond_scale=2.0,
                           beta_schedule="linear",
                           train=replace(_TOY_TRAIN, num_steps=2000, weight_decay=0.3,

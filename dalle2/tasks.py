@@ -16,6 +16,7 @@ from dalle2.checkpoint import save_export
 from dalle2.clip import (
     ClipLoss,
     FrozenClip,
+    WordSwaps,
     build_tokenizer,
     find_mean_and_std,
     preprocess_image,
@@ -127,6 +128,10 @@ class ClipTask(Task):
         self.text_tokens = {store: store.load_tokens(self.tokenizer, config.context_length)
                             for store in stores}
 
+    @cached_property
+    def word_swaps(self):
+        return WordSwaps(torch.from_numpy(self.text_tokens[self.train_store].astype(np.int64)))
+
     def load(self, store, indexes, random):
         text_tokens = self.text_tokens[store][store.draw_captions(indexes, random.rand())]
         return {"image": torch.from_numpy(self.pictures[store][indexes]),
@@ -137,13 +142,23 @@ class ClipTask(Task):
         c, image, text_tokens = self.config, batch["image"], batch["text_tokens"]
         if self.augments:
             image = augment(image, c.image_size, random, c.min_crop_scale, c.color_jitter)
-        if c.word_dropout:
-            is_word = (text_tokens != self.tokenizer.sot_token_id) & (
-                text_tokens != self.tokenizer.eot_token_id)                     # (B, L)
-            drop = random.rand(text_tokens.shape[1]) < c.word_dropout
-            text_tokens = text_tokens.masked_fill(drop & is_word, 0)
         image = preprocess_image(image, c.image_size, *find_mean_and_std(c))
-        return self.clip_loss(*module(image, text_tokens))
+        is_word = (text_tokens != 0) & (text_tokens != self.tokenizer.sot_token_id) & (
+            text_tokens != self.tokenizer.eot_token_id)                         # (B, L)
+        texts = [text_tokens]
+        if c.swap_weight:
+            swapped, is_swapped = self.word_swaps.draw(text_tokens, is_word, random)
+            texts.append(swapped)
+        if c.word_dropout:
+            drop = is_word & (random.rand(text_tokens.shape[1]) < c.word_dropout)
+            texts = [text.masked_fill(drop, 0) for text in texts]
+        image_embed, text_embed, scale = module(image, torch.cat(texts))
+        if not c.swap_weight:
+            return self.clip_loss(image_embed, text_embed, scale)
+        text_embed, wrong_embed = text_embed.chunk(2)                           # (B, D) each
+        wrong = (image_embed * (wrong_embed - text_embed)).sum(1) * scale.clamp(max=100)
+        return self.clip_loss(image_embed, text_embed, scale) + \
+            c.swap_weight * (F.softplus(wrong) * is_swapped).mean()
 
     @torch.no_grad()
     def validate(self, module, brief):

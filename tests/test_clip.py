@@ -1,5 +1,6 @@
 """CLIP: tokens, embeddings, and the models of open_clip, shrunk and with random weights."""
 
+import math
 from dataclasses import replace
 
 import open_clip
@@ -14,7 +15,9 @@ from torch.nn.functional import normalize
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dalle2.clip import (
+    WordSwaps,
     build_clip,
+    build_tokenizer,
     load_clip,
     load_vision_weights,
     preprocess_image,
@@ -147,7 +150,7 @@ def test_a_small_clip_is_chosen_by_retrieval():
 
 
 def test_dropped_words_leave_start_and_end_token():
-    config = replace(TOY.clip, word_dropout=0.5)
+    config = replace(TOY.clip, word_dropout=0.5, swap_weight=0.0)
     task, seen = ClipTask(config, Accelerator(cpu=True)), []
     text_tokens = task.tokenizer(["a red box beside two blue discs on a green floor"] * 200)
     batch = {"image": torch.zeros(200, 3, 48, 48, dtype=torch.uint8), "text_tokens": text_tokens}
@@ -160,6 +163,46 @@ def test_dropped_words_leave_start_and_end_token():
     assert torch.equal(seen[0][special], text_tokens[special])
     is_word = ~special & (text_tokens != 0)
     assert 0.4 < (seen[0][is_word] == 0).float().mean() < 0.6
+
+
+WRITTEN = "a red bus and a blue car", "a blue bus and a red car on grass", "a dog"
+
+
+def test_swapped_words_make_captions_that_could_have_been_written():
+    tokenizer = build_tokenizer(16)
+    text_tokens = tokenizer(WRITTEN)
+    is_word = (text_tokens != 0) & (text_tokens < START)
+    swaps = WordSwaps(text_tokens)
+    tokens = text_tokens.repeat(40, 1)
+    swapped, found = swaps.draw(tokens, is_word.repeat(40, 1), BatchRandom(0, batch_size=120))
+    made = {tokenizer.decode(row.tolist()).split("<end_of_text>")[0].removeprefix("<start_of_text>")
+            .strip() for row, is_found in zip(swapped, found) if is_found}
+    # the nouns too, but "car" is never followed by "and", and "bus" neither by an end nor by "on"
+    assert made == {"a blue bus and a red car", "a red bus and a blue car on grass"}
+    first, second, third = found.view(-1, 3).mean(0)
+    assert first > 0.8 and second > 0.8 and third == 0  # "a dog" can only be "dog a"
+
+
+def test_swapped_words_cost_what_a_bag_of_words_cannot_tell():
+    def compute_loss(embed, swap_weight):
+        config = replace(TOY.clip, word_dropout=0.0, swap_weight=swap_weight)
+        task = ClipTask(config, Accelerator(cpu=True))
+        text_tokens = task.tokenizer(WRITTEN[:2])
+        task.word_swaps = WordSwaps(text_tokens)
+        image = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+        return task.loss(lambda image, text: (embed(text)[:2], embed(text), torch.tensor(20.0)),
+                         {"image": image, "text_tokens": text_tokens}, BatchRandom(0, batch_size=2))
+
+    def as_bag(text):
+        return normalize(torch.nn.functional.one_hot(text, 2 ** 16).float().sum(1), dim=1)
+
+    def in_order(text):
+        return normalize(torch.nn.functional.one_hot(text * 13 + torch.arange(26), 2 ** 20)
+                         .float().sum(1), dim=1)
+    cost = {embed: compute_loss(embed, 2.0) - compute_loss(embed, 0.0)
+            for embed in (as_bag, in_order)}
+    assert cost[as_bag].item() == pytest.approx(2 * math.log(2), rel=1e-5)
+    assert cost[in_order] < 0.5
 
 
 # ----------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def assert_changes(seen, kind, run, before, after):
 
 def test_the_walks_leave_no_field_out():
     tested_elsewhere = {"mixed_precision", "channels_last", "compile", "cuda_graphs", "fsdp"}
-    in_test_clip = {"vision_timm", "lock_vision"}
+    in_test_clip = {"vision_timm", "lock_vision", "swap_weight"}
     for kind, walked in ((kinds.TrainConfig, {*TRAIN, *tested_elsewhere}),
                          (kinds.ClipConfig, {*CLIP, *in_test_clip}),
                          (kinds.PriorConfig, PRIOR),
