@@ -94,10 +94,20 @@ class FastAttention(library.Attention):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         else:
             scale = self.scale ** 2  # the library applies it twice
-        out = F.scaled_dot_product_attention(
+        out = compute_attention(
             q.to(v.dtype).reshape(b, 1, n * self.heads, -1), k.to(v.dtype)[:, None], v[:, None],
-            attn_mask=None if bias is None else bias.to(v.dtype), scale=scale)  # (B, 1, N H, d)
+            None if bias is None else bias.to(v.dtype), scale)                  # (B, 1, N H, d)
         return self.to_out(out.view(b, n, -1))
+
+
+def compute_attention(q, k, v, bias, scale):
+    """F.scaled_dot_product_attention; in fp32 where a CPU has to go back through it, since torch's
+    kernel for that takes up to ten times as long in bf16."""
+    if not (v.is_cpu and v.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    q, k, v, bias = (x if x is None else x.float() for x in (q, k, v, bias))
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).bfloat16()
 
 
 class FastSelfAttention(library.RearrangeToSequence):

@@ -5,12 +5,14 @@ exports. It is all that the training loop knows of a network. A batch is drawn o
 thread that runs ahead of the device; what the losses need beyond it is made on the device.
 """
 
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle2.checkpoint import save_export
 from dalle2.clip import (
@@ -145,20 +147,28 @@ class ClipTask(Task):
         image = preprocess_image(image, c.image_size, *find_mean_and_std(c))
         is_word = (text_tokens != 0) & (text_tokens != self.tokenizer.sot_token_id) & (
             text_tokens != self.tokenizer.eot_token_id)                         # (B, L)
-        texts = [text_tokens]
+        is_dropped = is_word & (random.rand(text_tokens.shape[1]) < c.word_dropout)
+        texts = [text_tokens.masked_fill(is_dropped, 0)]
         if c.swap_weight:
             swapped, is_swapped = self.word_swaps.draw(text_tokens, is_word, random)
-            texts.append(swapped)
-        if c.word_dropout:
-            drop = is_word & (random.rand(text_tokens.shape[1]) < c.word_dropout)
-            texts = [text.masked_fill(drop, 0) for text in texts]
-        image_embed, text_embed, scale = module(image, torch.cat(texts))
-        if not c.swap_weight:
-            return self.clip_loss(image_embed, text_embed, scale)
-        text_embed, wrong_embed = text_embed.chunk(2)                           # (B, D) each
-        wrong = (image_embed * (wrong_embed - text_embed)).sum(1) * scale.clamp(max=100)
-        return self.clip_loss(image_embed, text_embed, scale) + \
-            c.swap_weight * (F.softplus(wrong) * is_swapped).mean()
+            rows = is_swapped.topk(len(swapped) // 2).indices  # for many captions there is none
+            texts.append(swapped[rows].masked_fill(is_dropped[rows], 0))
+        with self.plain_attention():
+            image_embed, text_embed, scale = module(image, torch.cat(texts))
+        text_embed, wrong_embed = text_embed.tensor_split([len(image)])         # (B, D), (B / 2, D)
+        loss = self.clip_loss(image_embed, text_embed, scale)
+        if c.swap_weight:
+            wrong = (image_embed[rows] * (wrong_embed - text_embed[rows])).sum(1)
+            wrong = F.softplus(wrong * scale.clamp(max=100)) * is_swapped[rows]
+            loss = loss + c.swap_weight * wrong.sum() / len(image)
+        return loss
+
+    def plain_attention(self):
+        """On a CPU in bf16 the towers' attention as two matrix products: going back through torch's
+        kernel for it takes five times as long."""
+        is_slow = self.accelerator.device.type == "cpu" \
+            and self.accelerator.mixed_precision == "bf16"
+        return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
     @torch.no_grad()
     def validate(self, module, brief):
