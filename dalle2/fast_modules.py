@@ -6,7 +6,8 @@ Only classes change, so that parameter names, and with them checkpoints, stay th
 
 - `LayerNorm` is composed of six operations there; `F.layer_norm` is one.
 - `Attention` has one key and value head: its query heads become rows of one matrix, for
-  `F.scaled_dot_product_attention` without transposing or copying anything.
+  `F.scaled_dot_product_attention` without transposing or copying anything. Training in bf16 on a
+  CPU attends in fp32: torch's kernel goes back several times as fast there.
 - `CrossAttention` projects every pixel to 512 channels to compare it with about seven keys. Folding
   the query weights into the keys, and the output weights into the values, gives the same numbers
   from 56 columns: (x Wq) k^T = x (Wq k^T) and (A v) Wo = A (v Wo).
@@ -101,8 +102,8 @@ class FastAttention(library.Attention):
 
 
 def compute_attention(q, k, v, bias, scale):
-    """F.scaled_dot_product_attention; in fp32 where a CPU has to go back through it, since torch's
-    kernel for that takes up to ten times as long in bf16."""
+    """F.scaled_dot_product_attention, in fp32 where a CPU in bf16 has to go back through it: up to
+    ten times as fast (benchmarks/cpu_attention.py)."""
     if not (v.is_cpu and v.dtype == torch.bfloat16 and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     q, k, v, bias = (x if x is None else x.float() for x in (q, k, v, bias))

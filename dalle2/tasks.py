@@ -164,8 +164,8 @@ class ClipTask(Task):
         return loss
 
     def plain_attention(self):
-        """On a CPU in bf16 the towers' attention as two matrix products: going back through torch's
-        kernel for it takes five times as long."""
+        """On a CPU in bf16 the towers' attention as two products of matrices: torch's kernel takes
+        several times as long to go back (benchmarks/cpu_attention.py)."""
         is_slow = self.accelerator.device.type == "cpu" \
             and self.accelerator.mixed_precision == "bf16"
         return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
