@@ -3,7 +3,7 @@
 # on it from scratch, renders captions that no training picture shows, and counts how many of their
 # attributes are right.
 # Hardware: 2 CPU cores, 8 GB of memory. Disk: 6 GB for the environment, 3 GB for output/quickstart.
-# Time: about 14 minutes on 2 cores, plus 1 or 2 for the environment. The same command resumes.
+# Time: about 12 minutes on 2 cores, plus 1 or 2 for the environment. The same command resumes.
 #   SEED=1 OUT=output/quickstart1 sh scripts/quickstart.sh     another seed, another folder
 set -eu
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ export PYTHONWARNINGS=ignore
 
 stage() {
     elapsed=$((($(date +%s) - start) / 60))
-    printf '\n=== %s  [minute %d; all stages take about 15 on two cores]\n' "$1" "$elapsed"
+    printf '\n=== %s  [minute %d; all stages take about 13 on two cores]\n' "$1" "$elapsed"
 }
 
 show() {
