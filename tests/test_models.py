@@ -10,11 +10,12 @@ import safetensors.torch
 import torch
 from helpers import NO_CLIP, TOY, D, build_network, make_network
 from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import scaled_dot_product_attention
 
 from dalle2.checkpoint import load_export
 from dalle2.config import PRESETS
 from dalle2.errors import UserError
-from dalle2.fast_modules import restore_modules
+from dalle2.fast_modules import compute_attention, restore_modules
 from dalle2.models import build_prior, build_unet, list_blocks, save_decoder_stage
 
 DROP = {"prior": "text_cond_drop_prob", "unet1": "image_cond_drop_prob"}
@@ -98,6 +99,22 @@ def test_a_unet_equals_the_stock_one_forward_and_backward(config, number, drop):
     embed = torch.randn(2, D)
     assert_same(run(fast, x, t, image_embed=embed, image_cond_drop_prob=torch.full((2,), drop)),
                 run(stock, x, t, image_embed=embed, image_cond_drop_prob=drop))
+
+
+def test_a_cpu_trains_attention_in_fp32():
+    torch.manual_seed(0)
+    q, k, v, bias = (torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True)
+                     for shape in ((2, 1, 8, 16), (2, 1, 5, 16), (2, 1, 5, 16), (8, 5)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compute_attention(q, k, v, bias, scale=0.2)
+        with torch.no_grad():
+            drawn = compute_attention(q, k, v, bias, scale=0.2)
+    true = scaled_dot_product_attention(*(x.float() for x in (q, k, v, bias)), scale=0.2).bfloat16()
+    assert drawn.dtype == torch.bfloat16
+    torch.testing.assert_close(drawn, out, rtol=0.05, atol=0.05)
+    for mine, wanted in zip(*(torch.autograd.grad(y.square().sum(), (q, k, v, bias))
+                              for y in (out, true))):
+        assert torch.equal(mine, wanted)
 
 
 def test_neighbouring_timesteps_differ_in_bf16():
