@@ -5,7 +5,7 @@
 #   STEPS=600 ROWS="v-linear adamw-2e-3" FLAGS="--dim 32" NAME=dim32 sh benchmarks/photo_ablations.sh
 # DATA and OUT are those of scripts/photos.sh, which has trained a CLIP and prepared the store.
 # ROWS: only these. FLAGS go to every row, whose results then lie in a folder of its own, by NAME.
-# Time: about 7 minutes a row on one core. A row that is done is not trained again.
+# Time: about 12 minutes a row on one core. A row that is done is not trained again.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
