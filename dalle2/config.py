@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, replace
 from dalle2.errors import UserError
 
 MAX_INT = 2 ** 63 - 1  # what a tensor's size or a seed can be
-# how dalle2.sampling can sample; the first of each is the default (docs/results.md, "Samplers")
+# how dalle2.sampling can sample; the first of each is the default (docs/results/sampling.md)
 SAMPLER_NAMES = "dpmpp_2m", "ddim", "ddpm"
 THRESHOLDS = "static", "dynamic"
 
@@ -242,7 +242,7 @@ PRESETS = {
                        sample_timesteps=2,
                        train=replace(_TOY_TRAIN, num_steps=1000, batch_size=16, lr=2e-3,
                                      ema_decay=0.999, validate_every=250))))),
-    # one GPU; trained for minutes on one H200: docs/results.md, "On a GPU"
+    # one GPU; trained for minutes on one H200: docs/results/gpu.md
     "small": Preset(
         clip=replace(_TOY_CLIP, embed_dim=256, image_size=96, vision_width=32, text_layers=3,
                      text_heads=8, logit_scale=14.0, min_crop_scale=0.3, color_jitter=0.4,
@@ -272,7 +272,7 @@ PRESETS = {
                                          ema_decay=0.999, save_every=500, validate_every=500,
                                          snapshot_every=1000))))),
     # one GPU of 80 GB, or several smaller; lr, decay, EMA: Ramesh et al. 2022, table 3;
-    # guidance, and what the upsampler learns: docs/results.md, "Photographs"
+    # guidance, and what the upsampler learns: docs/results/photographs.md
     "base": Preset(
         clip=_BASE_CLIP,
         prior=PriorConfig(depth=12, heads=12, max_text_len=32, cond_scale=2.0,

@@ -1,7 +1,7 @@
 """CUDA graphs: the kernels of a forward and backward pass, recorded once and launched as one.
 
 A small network on a fast GPU waits for its kernels to be launched, one by one, and not for their
-results: docs/results.md, "On a GPU". torch.cuda.make_graphed_callables is not used: it records a
+results: docs/results/gpu.md. torch.cuda.make_graphed_callables is not used: it records a
 network alone, and what is around it, noise, crops, the loss, has half as many kernels again.
 """
 

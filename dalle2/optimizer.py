@@ -7,7 +7,7 @@ it orthogonalizes in the small Gram matrix and matrices of one shape together: o
 43 ms instead of 78 for the toy preset's base stage.
 
 In a U-Net it needs weight decay: without it the maps of the deep levels grow until nothing passes
-from them to the upper ones (docs/results.md).
+from them to the upper ones (docs/results/training.md).
 """
 
 from collections import defaultdict

@@ -22,7 +22,7 @@ from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
-PAGES = [README, CHINESE, *sorted({*ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"),
+PAGES = [README, CHINESE, *sorted({*ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"),
                                    *ROOT.glob("result_good/**/*.md")})]
 SCRIPTS = [path for folder in (".", "dalle2/tools", "data", "benchmarks")
            for path in sorted((ROOT / folder).glob("*.py")) if "parse_args()" in path.read_text()]
