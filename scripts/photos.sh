@@ -8,7 +8,7 @@
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
 # sees more.
-# Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 13 GB of disk and about 80 minutes on two
+# Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 13 GB of disk and about 70 minutes on two
 # cores of an Intel Xeon with AMX (docs/results/photographs.md). The same command resumes.
 set -eu
 cd "$(dirname "$0")/.."
