@@ -7,7 +7,8 @@
 # FLAGS: more flags of every training, such as "--seed 1".
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
-# sees more.
+# sees more. STAGE_FLAGS: of the decoder's first stage, such as "--preset small --batch_size 64
+# --num_steps 2000" for a larger one, which takes hours more and draws better.
 # Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 13 GB of disk and about 70 minutes on two
 # cores of an Intel Xeon with AMX (docs/results/photographs.md). The same command resumes.
 set -eu
@@ -34,7 +35,8 @@ set -- --preset photo "$@" ${FLAGS:-}
 (
     halve_threads
     echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
-    beside "$out/unet1.log" "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 1
+    beside "$out/unet1.log" "$PY" train_decoder.py "$@" ${STAGE_FLAGS:-} \
+        --output_dir "$out/decoder" --unet_number 1
     "$PY" train_prior.py "$@" --output_dir "$out/prior"
     check
     "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 2
