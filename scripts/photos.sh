@@ -8,7 +8,7 @@
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
 # sees more. STAGE_FLAGS: of the decoder's first stage, such as "--preset small --batch_size 64
-# --num_steps 2000" for a larger one, which takes hours more and draws better.
+# --num_steps 2000" for a larger one, which takes hours more.
 # Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 13 GB of disk and about 70 minutes on two
 # cores of an Intel Xeon with AMX (docs/results/photographs.md). The same command resumes.
 set -eu
@@ -35,6 +35,7 @@ set -- --preset photo "$@" ${FLAGS:-}
 (
     halve_threads
     echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
+    # shellcheck disable=SC2086
     beside "$out/unet1.log" "$PY" train_decoder.py "$@" ${STAGE_FLAGS:-} \
         --output_dir "$out/decoder" --unet_number 1
     "$PY" train_prior.py "$@" --output_dir "$out/prior"
