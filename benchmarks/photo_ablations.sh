@@ -3,7 +3,7 @@
 # for each: error of the x_start estimate on held-out photos at ten log-SNRs, as one table.
 #   DATA=data/flickr8k OUT=output/photos STEPS=600 SEEDS="0 1" sh benchmarks/photo_ablations.sh
 #   STEPS=600 ROWS="v-linear adamw-2e-3" FLAGS="--dim 32" NAME=dim32 sh benchmarks/photo_ablations.sh
-# DATA and OUT are those of scripts/photos.sh, which has trained a CLIP and prepared the store.
+# DATA, OUT and VIEWS are those of scripts/photos.sh, which has trained a CLIP and prepared the store.
 # ROWS: only these. FLAGS go to every row, whose results then lie in a folder of its own, by NAME.
 # Time: about 12 minutes a row on one core. A row that is done is not trained again.
 set -eu
@@ -28,7 +28,7 @@ row() {
         [ ! -f "$run/measures.json" ] || continue
         mkdir -p "$run"
         ln -sfn "$(cd "$out/clip" && pwd)" "$run/clip"
-        "$PY" train_decoder.py --preset photo --num_views 8 --store_dir "$out/store" \
+        "$PY" train_decoder.py --preset photo --num_views "${VIEWS:-1}" --store_dir "$out/store" \
             --train_img_path "$(images train)" --val_img_path "$(images val)" \
             --train_annot_path "$data/annotations/captions_train.json" \
             --val_annot_path "$data/annotations/captions_val.json" --log_with none \
@@ -53,6 +53,12 @@ row noise-cosine --objective noise
 row embed-noise-0.3 --image_embed_noise 0.3
 row four-image-tokens --num_image_tokens 4
 row memory-efficient-off --no-memory_efficient --dim_mults 1 2 4 8 8
+row muon-0.0075 --muon_lr 0.0075
+row muon-0.03 --muon_lr 0.03
+row attention --self_attn false true true true true
+row deeper --num_resnet_blocks 1 --dim_mults 1 2 4 8 8
+row deeper-attention --num_resnet_blocks 1 --dim_mults 1 2 4 8 8 \
+    --self_attn false true true true true
 
 "$PY" - "$runs" <<'END'
 import json

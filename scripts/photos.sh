@@ -8,8 +8,9 @@
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
 # sees more. STAGE_FLAGS: of the decoder's first stage, such as "--preset small --batch_size 64
-# --num_steps 2000" for a larger one, which takes hours more.
-# Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 13 GB of disk and about 70 minutes on two
+# --num_steps 2000" for a larger one, which takes hours more. VIEWS=8: train on 8 pictures of each
+# photo (--num_views), which showed no gain so far.
+# Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 3 GB of disk and about 70 minutes on two
 # cores of an Intel Xeon with AMX (docs/results/photographs.md). The same command resumes.
 set -eu
 cd "$(dirname "$0")/.."
@@ -23,7 +24,7 @@ images() {
     if [ -d "$data/$1" ]; then echo "$data/$1"; else echo "$data/images"; fi
 }
 
-set -- --num_views 8 --store_dir "$out/store" --num_val_images 512 \
+set -- --num_views "${VIEWS:-1}" --store_dir "$out/store" --num_val_images 512 \
     --train_img_path "$(images train)" --train_annot_path "$data/annotations/captions_train.json" \
     --val_img_path "$(images val)" --val_annot_path "$data/annotations/captions_val.json"
 # shellcheck disable=SC2086  # several flags, or none
@@ -41,8 +42,9 @@ set -- --preset photo "$@" ${FLAGS:-}
     "$PY" train_prior.py "$@" --output_dir "$out/prior"
     check
     "$PY" train_decoder.py "$@" --output_dir "$out/decoder" --unet_number 2
-    join
-)
+)  # the first stage has been told to save and stop, and goes on with all cores
+# shellcheck disable=SC2086
+"$PY" train_decoder.py "$@" ${STAGE_FLAGS:-} --output_dir "$out/decoder" --unet_number 1
 "$PY" test_dalle2.py --test_img_path "$(images val)" --num_images 24 \
     --test_annot_path "$data/annotations/captions_val.json" --output_dir "$out/rendered" \
     --prior_ckpt "$out/prior/prior.safetensors" --decoder_ckpt "$out/decoder/decoder.safetensors"
