@@ -53,10 +53,6 @@ row noise-cosine --objective noise
 row embed-noise-0.3 --image_embed_noise 0.3
 row four-image-tokens --num_image_tokens 4
 row memory-efficient-off --no-memory_efficient --dim_mults 1 2 4 8 8
-row muon-0.0075 --muon_lr 0.0075
-row muon-0.03 --muon_lr 0.03
-row attention --self_attn false true true true true
-row deeper --num_resnet_blocks 1 --dim_mults 1 2 4 8 8
 row deeper-attention --num_resnet_blocks 1 --dim_mults 1 2 4 8 8 \
     --self_attn false true true true true
 
