@@ -3,7 +3,7 @@
 # for each: error of the x_start estimate on held-out photos at ten log-SNRs, as one table.
 #   DATA=data/flickr8k OUT=output/photos STEPS=600 SEEDS="0 1" sh benchmarks/photo_ablations.sh
 #   STEPS=600 ROWS="v-linear adamw-2e-3" FLAGS="--dim 32" NAME=dim32 sh benchmarks/photo_ablations.sh
-# DATA, OUT and VIEWS are those of scripts/photos.sh, which has trained a CLIP and prepared the store.
+# DATA, OUT and VIEWS are those of scripts/photos.sh, which has trained a CLIP and made the store.
 # ROWS: only these. FLAGS go to every row, whose results then lie in a folder of its own, by NAME.
 # Time: about 12 minutes a row on one core. A row that is done is not trained again.
 set -eu
