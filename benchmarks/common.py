@@ -9,14 +9,15 @@ import torch
 from dalle2.config import PRESETS
 from dalle2.models import build_prior, build_unet
 
+CPU_PRESETS = "toy", "photo", "photo-large"  # that train a small CLIP of their own
+
 # ----------------------------------------------------------------------------------------------
 # networks
 
 
 def get_embed_dim(preset_name):
-    """Embedding size of the CLIP that goes with a preset: the small one that the presets for a CPU
-    train, or ViT-L/14's."""
-    return PRESETS[preset_name].clip.embed_dim if preset_name in ("toy", "photo") else 768
+    """Embedding size of the CLIP that goes with a preset: its own small one, or ViT-L/14's."""
+    return PRESETS[preset_name].clip.embed_dim if preset_name in CPU_PRESETS else 768
 
 
 def build_networks(preset, embed_dim):

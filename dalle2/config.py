@@ -195,6 +195,29 @@ _TOY_TRAIN = TrainConfig(num_steps=1000, batch_size=64, lr=1e-3, muon_lr=0.02, w
                          weight_decay=0.01, adam_beta2=0.99, ema_decay=0.99, save_every=500,
                          validate_every=500)
 
+_PHOTO = Preset(
+    clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=14.0,
+                 min_crop_scale=0.3, color_jitter=0.4, word_dropout=0.2,
+                 train=replace(_TOY_CLIP.train, num_steps=700, weight_decay=0.2,
+                               ema_decay=0.995, save_every=100, validate_every=100)),
+    prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26, cond_scale=2.0,
+                      train=replace(_TOY_TRAIN, num_steps=1500, batch_size=128,
+                                    weight_decay=0.05, save_every=250, validate_every=250)),
+    decoder=DecoderConfig(unets=(
+        UnetConfig(image_size=64, dim=16, dim_mults=(2, 3, 4, 8, 8), num_resnet_blocks=0,
+                   attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
+                   cond_dim=64, num_image_tokens=8, min_snr_gamma=0.0, cond_scale=3.0,
+                   train=replace(_TOY_TRAIN, num_steps=4800, batch_size=32, lr=2e-3,
+                                 muon_lr=0.015, weight_decay=0.1, ema_decay=0.999,
+                                 save_every=400, validate_every=400)),
+        UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
+                   attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
+                   objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,
+                   crop_size=64, lowres_noise_max_level=50, lowres_noise_level=10,
+                   sample_timesteps=2,
+                   train=replace(_TOY_TRAIN, num_steps=1000, batch_size=16, lr=2e-3,
+                                 ema_decay=0.999, validate_every=250)))))
+
 PRESETS = {
     # two CPU cores, minutes: 32 -> 256 px on the embedded data set
     "toy": Preset(
@@ -219,29 +242,17 @@ PRESETS = {
                        last_timestep_share=0.5, sample_timesteps=1,
                        train=replace(_TOY_TRAIN, num_steps=600, batch_size=16, lr=2e-3,
                                      save_every=300, validate_every=600))))),
-    # two CPU cores, hours: 64 -> 256 px on some thousand photographs
-    "photo": Preset(
-        clip=replace(_TOY_CLIP, embed_dim=192, image_size=64, text_heads=6, logit_scale=14.0,
-                     min_crop_scale=0.3, color_jitter=0.4, word_dropout=0.2,
-                     train=replace(_TOY_CLIP.train, num_steps=700, weight_decay=0.2,
-                                   ema_decay=0.995, save_every=100, validate_every=100)),
-        prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26, cond_scale=2.0,
-                          train=replace(_TOY_TRAIN, num_steps=1500, batch_size=128,
-                                        weight_decay=0.05, save_every=250, validate_every=250)),
-        decoder=DecoderConfig(unets=(
-            UnetConfig(image_size=64, dim=16, dim_mults=(2, 3, 4, 8, 8), num_resnet_blocks=0,
-                       attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
-                       cond_dim=64, num_image_tokens=8, min_snr_gamma=0.0, cond_scale=3.0,
-                       train=replace(_TOY_TRAIN, num_steps=4800, batch_size=32, lr=2e-3,
-                                     muon_lr=0.015, weight_decay=0.1, ema_decay=0.999,
-                                     save_every=400, validate_every=400)),
-            UnetConfig(image_size=256, dim=16, dim_mults=(1, 2, 4), num_resnet_blocks=0,
-                       attn_heads=4, attn_dim_head=32, init_conv_kernel_size=3,
-                       objective="x_start", beta_schedule="linear", min_snr_gamma=0.0,
-                       crop_size=64, lowres_noise_max_level=50, lowres_noise_level=10,
-                       sample_timesteps=2,
-                       train=replace(_TOY_TRAIN, num_steps=1000, batch_size=16, lr=2e-3,
-                                     ema_decay=0.999, validate_every=250))))),
+    # two CPU cores, an hour: 64 -> 256 px on some thousand photographs
+    "photo": _PHOTO,
+    # the same with a first stage of five times the size: five hours
+    "photo-large": replace(_PHOTO, decoder=DecoderConfig(unets=(
+        UnetConfig(image_size=64, dim=32, dim_mults=(2, 4, 6, 8), num_resnet_blocks=1,
+                   self_attn=(False, True, True, True), cond_dim=128, num_image_tokens=8,
+                   min_snr_gamma=0.0, cond_scale=3.0,
+                   train=replace(_TOY_TRAIN, num_steps=2800, batch_size=32, muon_lr=0.015,
+                                 warmup_steps=100, weight_decay=0.1, ema_decay=0.999,
+                                 save_every=400, validate_every=400)),
+        _PHOTO.decoder.unets[1]))),
     # one GPU; trained for minutes on one H200: docs/results/gpu.md
     "small": Preset(
         clip=replace(_TOY_CLIP, embed_dim=256, image_size=96, vision_width=32, text_layers=3,

@@ -1,23 +1,25 @@
 #!/bin/sh
 # The chain on a folder of photographs, from zero, without a GPU and without weights from elsewhere:
-# trains CLIP, prior and decoder (preset photo) and renders the first 24 held-out captions.
+# trains CLIP, prior and decoder (PRESET=photo) and renders the first 24 held-out captions.
 #   DATA=data/flickr8k sh scripts/photos.sh
 # DATA holds annotations/captions_train.json and captions_val.json (COCO captions format) and their
 # pictures in train/ and val/, or all of them in images/. OUT=output/photos is where it writes.
 # FLAGS: more flags of every training, such as "--seed 1".
 # CLIP_FLAGS: of train_clip.py, such as "--vision_timm tf_efficientnet_lite1 --lock_vision
 # --image_size 160 --muon_lr 0.01" for an image tower that begins with ImageNet weights, which
-# sees more. STAGE_FLAGS: of the decoder's first stage, such as "--preset small --batch_size 64
-# --num_steps 2000" for a larger one, which takes hours more. VIEWS=8: train on 8 pictures of each
-# photo (--num_views), which showed no gain so far.
+# sees more. STAGE_FLAGS: of the decoder's first stage. VIEWS=8: train on 8 pictures of each photo
+# (--num_views), which showed no gain so far.
+# PRESET=photo-large: a first stage of five times the size, whose pictures are better.
 # Hardware: 2 CPU cores, 8 GB of memory. For 7,300 photos: 3 GB of disk and about 70 minutes on two
-# cores of an Intel Xeon with AMX (docs/results/photographs.md). The same command resumes.
+# cores of an Intel Xeon with AMX; photo-large: about 5 hours on two cores of an AMD EPYC without
+# (docs/results/photographs.md). The same command resumes.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
 data=${DATA:-data/flickr8k}
 out=${OUT:-output/photos}
+preset=${PRESET:-photo}
 need requirements.txt
 
 images() {
@@ -28,11 +30,11 @@ set -- --num_views "${VIEWS:-1}" --store_dir "$out/store" --num_val_images 512 \
     --train_img_path "$(images train)" --train_annot_path "$data/annotations/captions_train.json" \
     --val_img_path "$(images val)" --val_annot_path "$data/annotations/captions_val.json"
 # shellcheck disable=SC2086  # several flags, or none
-"$PY" train_clip.py --preset photo "$@" ${FLAGS:-} ${CLIP_FLAGS:-} --output_dir "$out/clip"
+"$PY" train_clip.py --preset "$preset" "$@" ${FLAGS:-} ${CLIP_FLAGS:-} --output_dir "$out/clip"
 set -- "$@" --clip_pretrained "$out/clip/clip.safetensors"
 "$PY" data/coco_prepare.py "$@"  # embeds the photos with all cores; both trainings would wait
 # shellcheck disable=SC2086
-set -- --preset photo "$@" ${FLAGS:-}
+set -- --preset "$preset" "$@" ${FLAGS:-}
 (
     halve_threads
     echo "The decoder's first stage is trained beside the others and writes to $out/unet1.log."
