@@ -200,7 +200,8 @@ _PHOTO = Preset(
                  min_crop_scale=0.3, color_jitter=0.4, word_dropout=0.2,
                  train=replace(_TOY_CLIP.train, num_steps=700, weight_decay=0.2,
                                ema_decay=0.995, save_every=100, validate_every=100)),
-    prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26, cond_scale=2.0,
+    prior=PriorConfig(depth=4, heads=6, dim_head=32, max_text_len=26, sample_timesteps=3,
+                      cond_scale=2.0,
                       train=replace(_TOY_TRAIN, num_steps=1500, batch_size=128,
                                     weight_decay=0.05, save_every=250, validate_every=250)),
     decoder=DecoderConfig(unets=(
